@@ -1,0 +1,1 @@
+"""From text to batches: tokenizer, token shards on disk, and the loader that training reads."""

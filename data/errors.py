@@ -1,0 +1,72 @@
+"""The one exception for wrong user input, and how a command line ends.
+
+Exit codes: 0 done, 2 the user's input (or the disk) is at fault and one line on stderr says how,
+130 interrupted. Any other exception is a defect and keeps its traceback.
+"""
+
+import errno
+import os
+import sys
+from collections.abc import Callable
+from typing import NoReturn
+
+USER_ERROR = 2
+INTERRUPTED = 130
+
+_NO_SPACE = {
+    errno.ENOSPC: "no space left on device",
+    errno.EDQUOT: "no space left on device (disk quota exceeded)",
+    errno.EFBIG: "no space left on device (file size limit reached)",
+}
+_PATH_ERRORS = (
+    FileNotFoundError,
+    FileExistsError,
+    PermissionError,
+    IsADirectoryError,
+    NotADirectoryError,
+)
+
+
+class InputError(ValueError):
+    """The user's input is wrong.
+
+    The message is one line: what is wrong, where (file, key or option) and what is allowed.
+    """
+
+
+def run_cli(main: Callable[[], int | None]) -> NoReturn:
+    """Run `main` and exit the process with its exit code, or with the code of the error it raised.
+
+    Errors of the user are one line on stderr. On a node with several ranks only the one with
+    LOCAL_RANK 0 prints it.
+    """
+    try:
+        code = main() or 0
+    except KeyboardInterrupt:
+        code = INTERRUPTED
+    except (InputError, OSError) as error:
+        message = _user_message(error)
+        if message is None:
+            raise
+        if _prints_errors():
+            print(f"error: {message}", file=sys.stderr)
+        code = USER_ERROR
+    sys.stdout.flush()
+    sys.stderr.flush()
+    sys.exit(code)
+
+
+def _user_message(error: InputError | OSError) -> str | None:
+    """One line for the user, or None where `error` is a defect of ours."""
+    if isinstance(error, InputError):
+        return " ".join(str(error).splitlines())
+    file = error.filename if error.filename is not None else "(unnamed file)"
+    if error.errno in _NO_SPACE:
+        return f"{_NO_SPACE[error.errno]}: {file}"
+    if isinstance(error, _PATH_ERRORS) and error.filename is not None:
+        return f"{(error.strerror or type(error).__name__).lower()}: {file}"
+    return None
+
+
+def _prints_errors() -> bool:
+    return "RANK" not in os.environ or os.environ.get("LOCAL_RANK", "0") == "0"

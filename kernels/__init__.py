@@ -1,0 +1,1 @@
+"""The mathematics of the layers: plain torch definitions (`reference`), imported by `model`."""

@@ -1,0 +1,246 @@
+"""ModelConfig: every number that shapes a model, its validation, and its parameter and FLOP
+counts.
+"""
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+Family = Literal["llama", "paper-1"]
+Bias = Literal["none", "latent", "output"]
+FORMAT_VERSION = 1
+
+
+class Shape(NamedTuple):
+    """A projection of a block: y (d_out) = W x (d_in), W dense (rank None) or the product B·A."""
+
+    d_in: int
+    d_out: int
+    rank: int | None
+    bias: Bias
+
+    def matmul_parameters(self) -> int:
+        """Entries of the matrices that are multiplied: the factors, not their dense equivalent."""
+        if self.rank is None:
+            return self.d_in * self.d_out
+        return self.rank * (self.d_in + self.d_out)
+
+    def parameters(self) -> int:
+        """All parameters; a bias sits on the output of W or B, or (latent) on that of A."""
+        if self.bias == "none":
+            return self.matmul_parameters()
+        latent = self.bias == "latent" and self.rank is not None
+        return self.matmul_parameters() + (self.rank if latent and self.rank else self.d_out)
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The rank of each kind of projection; null (None) means a dense weight.
+
+    Attributes:
+        q: Rank of the query projection.
+        k: Rank of the key projection.
+        v: Rank of the value projection.
+        o: Rank of the attention output projection.
+        ffn: Rank of the feed-forward projections (an ablation: LPA leaves them dense).
+    """
+
+    q: int | None = None
+    k: int | None = None
+    v: int | None = None
+    o: int | None = None
+    ffn: int | None = None
+
+
+@dataclass
+class ModelConfig:
+    """The shape of a model.
+
+    Attributes:
+        family: "llama" (pre-RMSNorm, RoPE, SwiGLU, no biases) or "paper-1" (the paper's setting 1:
+            LayerNorm on the sub-layer's output, learned positions, ReLU, biases, dropout).
+        vocab_size: Number of token ids.
+        hidden_size: Width of the residual stream, d.
+        intermediate_size: Width of the feed-forward network.
+        num_layers: Number of blocks.
+        num_heads: Number of query heads.
+        num_kv_heads: Number of key and value heads (grouped-query attention); null: as many as
+        num_heads. head_dim: Width of a head; null: hidden_size / num_heads. max_seq_len: Longest
+        sequence, in tokens; with learned positions the size of their table. r: Rank of the
+        attention projections (an integer: q, k, v and o alike), or {q, k, v, o, ffn},
+            each an integer or null (dense); null: the vanilla Transformer.
+        rope_theta: Base of the rotary angles (family llama).
+        norm_eps: Epsilon of RMSNorm or LayerNorm.
+        dropout: Dropout before each residual addition; null: 0 for llama, 0.1 for paper-1.
+        tie_embeddings: The output head shares the token embedding.
+        lm_head_bias: The output head has a bias; null: no for llama, yes for paper-1.
+        init: "matched" (the product B·A has the variance of the dense weight) or "authors" (torch's
+            defaults, as in the authors' code: the product has a third of it). See init_weights.
+        init_std: Standard deviation of a dense weight under "matched".
+    """
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    family: Family = "llama"
+    num_kv_heads: int | None = None
+    head_dim: int | None = None
+    max_seq_len: int = 2048
+    r: int | Ranks | None = None
+    rope_theta: float = 10000.0
+    norm_eps: float = 1.0e-6
+    dropout: float | None = None
+    tie_embeddings: bool = False
+    lm_head_bias: bool | None = None
+    init: Literal["matched", "authors"] = "matched"
+    init_std: float = 0.02
+
+    def __post_init__(self) -> None:
+        self._check_positive()
+        paper = self.family == "paper-1"
+        if self.head_dim is None:
+            if self.hidden_size % self.num_heads:
+                raise ValueError(
+                    f"model.num_heads: {self.num_heads} heads do not divide model.hidden_size "
+                    f"{self.hidden_size}; give heads that do, or model.head_dim"
+                )
+            self.head_dim = self.hidden_size // self.num_heads
+        if self.num_kv_heads is None:
+            self.num_kv_heads = self.num_heads
+        if self.dropout is None:
+            self.dropout = 0.1 if paper else 0.0
+        if self.lm_head_bias is None:
+            self.lm_head_bias = paper
+        self._check_shapes()
+
+    def _check_positive(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            numeric = isinstance(value, int | float) and not isinstance(value, bool)
+            if numeric and value <= 0 and not (field.name == "dropout" and value == 0):
+                raise ValueError(f"model.{field.name}: {value}; it must be greater than 0")
+        for name, rank in dataclasses.asdict(self.ranks).items():
+            if rank is not None and rank <= 0:
+                raise ValueError(f"model.r.{name}: {rank}; a rank is at least 1, or null for dense")
+
+    def _check_shapes(self) -> None:
+        assert self.head_dim is not None
+        assert self.num_kv_heads is not None
+        assert self.dropout is not None
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"model.num_kv_heads: {self.num_kv_heads} does not divide "
+                f"model.num_heads {self.num_heads}"
+            )
+        if self.family == "llama" and self.head_dim % 2:
+            raise ValueError(f"model.head_dim: {self.head_dim}; rotary positions need an even one")
+        if self.dropout >= 1:
+            raise ValueError(f"model.dropout: {self.dropout}; allowed is 0 <= dropout < 1")
+        if self.tie_embeddings and self.lm_head_bias:
+            raise ValueError("model.lm_head_bias: a head tied to the embedding has no bias")
+        for name, shape in self.block_projections().items():
+            if shape.rank is not None and shape.rank > min(shape.d_in, shape.d_out):
+                raise ValueError(
+                    f"model.r: rank {shape.rank} of {name} is over its dimensions "
+                    f"{shape.d_in} -> {shape.d_out}; allowed is 1 to {min(shape.d_in, shape.d_out)}"
+                )
+
+    @property
+    def ranks(self) -> Ranks:
+        """`r` written out, one rank a kind of projection."""
+        if isinstance(self.r, Ranks):
+            return self.r
+        return Ranks(q=self.r, k=self.r, v=self.r, o=self.r)
+
+    def attention_projections(self) -> dict[str, Shape]:
+        """The projections of the attention of one block, by name."""
+        assert self.head_dim is not None
+        assert self.num_kv_heads is not None
+        d, r = self.hidden_size, self.ranks
+        wide, narrow = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        # The authors' code for setting 1 puts the bias of q, k, v on the latent and that of o on
+        # the output.
+        into: Bias = "latent" if self.family == "paper-1" else "none"
+        out: Bias = "output" if self.family == "paper-1" else "none"
+        return {
+            "q_proj": Shape(d, wide, r.q, into),
+            "k_proj": Shape(d, narrow, r.k, into),
+            "v_proj": Shape(d, narrow, r.v, into),
+            "o_proj": Shape(wide, d, r.o, out),
+        }
+
+    def feed_forward_projections(self) -> dict[str, Shape]:
+        """The projections of the feed-forward network of one block, by name."""
+        d, f, r = self.hidden_size, self.intermediate_size, self.ranks.ffn
+        if self.family == "paper-1":
+            return {"up_proj": Shape(d, f, r, "latent"), "down_proj": Shape(f, d, r, "output")}
+        return {
+            "gate_proj": Shape(d, f, r, "none"),
+            "up_proj": Shape(d, f, r, "none"),
+            "down_proj": Shape(f, d, r, "none"),
+        }
+
+    def block_projections(self) -> dict[str, Shape]:
+        """Every projection of one block, by name."""
+        return self.attention_projections() | self.feed_forward_projections()
+
+    def num_parameters(self, embeddings: bool = True) -> int:
+        """Parameters of the model; without embeddings: the blocks and the final norm alone."""
+        norm = self.hidden_size * (2 if self.family == "paper-1" else 1)  # LayerNorm has a bias
+        block = sum(p.parameters() for p in self.block_projections().values()) + 2 * norm
+        body = self.num_layers * block + (norm if self.family == "llama" else 0)
+        if not embeddings:
+            return body
+        table = self.vocab_size * self.hidden_size
+        head = (0 if self.tie_embeddings else table) + (self.vocab_size if self.lm_head_bias else 0)
+        positions = self.max_seq_len * self.hidden_size if self.family == "paper-1" else 0
+        return body + table + positions + head
+
+    def flops_per_token(self, seq_len: int) -> float:
+        """FLOPs of the forward pass per token at this sequence length; training costs three times
+        as many.
+
+        2 · (entries of the matrices multiplied: dense weights, factors A and B, output head) for
+        the projections, and for causal attention 2 · 2 · num_heads · head_dim · (seq_len + 1) / 2
+        per layer (scores and weighted sum over the (seq_len + 1) / 2 keys that a query sees on
+        average). Norms, activations, rotary positions and softmax are left out, as is usual
+        (Kaplan et al. 2020, table 1).
+        """
+        assert self.head_dim is not None
+        matmul = sum(p.matmul_parameters() for p in self.block_projections().values())
+        attention = 4 * self.num_heads * self.head_dim * (seq_len + 1) / 2
+        head = 2 * self.vocab_size * self.hidden_size
+        return self.num_layers * (2 * matmul + attention) + head
+
+    def to_json(self, path: Path) -> None:
+        """Writes `model.json`."""
+        fields = {"format_version": FORMAT_VERSION, **dataclasses.asdict(self)}
+        path.write_text(json.dumps(fields, indent=2) + "\n")
+
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> "ModelConfig":
+        """The inverse of `dataclasses.asdict`; ValueError on keys ModelConfig does not have."""
+        known = {f.name for f in dataclasses.fields(cls)}
+        unknown = sorted(set(fields) - known - {"format_version"})
+        if unknown:
+            raise ValueError(f"unknown key {unknown[0]!r}; known are {', '.join(sorted(known))}")
+        required = {f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING}
+        missing = sorted(required - set(fields))
+        if missing:
+            raise ValueError(f"the key {missing[0]!r} is missing")
+        kept = {k: v for k, v in fields.items() if k in known}
+        if isinstance(kept.get("r"), dict):
+            kept["r"] = Ranks(**kept["r"])
+        return cls(**kept)
+
+    @classmethod
+    def from_json(cls, path: Path) -> "ModelConfig":
+        """Reads `model.json`. ValueError, naming the file, where it is not one."""
+        try:
+            return cls.from_dict(json.loads(path.read_text()))
+        except (ValueError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path}: not a model description: {error}") from None

@@ -1,0 +1,51 @@
+"""Dense and LowDim projections: the one place where the vanilla Transformer and LPA differ."""
+
+import torch
+from torch import Tensor, nn
+
+from kernels import reference
+from model.config import Shape
+
+
+class Dense(nn.Linear):
+    """y = W x (+ bias): the projection of the vanilla Transformer. weight (d_out, d_in)."""
+
+    def __init__(self, shape: Shape) -> None:
+        super().__init__(shape.d_in, shape.d_out, bias=shape.bias != "none")
+
+    def reset_parameters(self) -> None:
+        """Does nothing: init_weights sets every parameter of a model."""
+
+
+class LowDim(nn.Module):
+    """y = B (A x): the low-dimensional projection of LPA. A (r, d_in), B (d_out, r).
+
+    A bias, where the family has one, sits on the latent (after A) or on the output (after B).
+    """
+
+    bias_A: nn.Parameter | None
+    bias_B: nn.Parameter | None
+
+    def __init__(self, shape: Shape) -> None:
+        super().__init__()
+        assert shape.rank is not None
+        # Kept as numbers: under ZeRO stage 3 the shape of a parameter at rest is (0,).
+        self.d_in, self.d_out, self.rank = shape.d_in, shape.d_out, shape.rank
+        self.A = nn.Parameter(torch.empty(shape.rank, shape.d_in))
+        self.B = nn.Parameter(torch.empty(shape.d_out, shape.rank))
+        latent, output = shape.bias == "latent", shape.bias == "output"
+        self.bias_A = nn.Parameter(torch.empty(shape.rank)) if latent else None
+        self.bias_B = nn.Parameter(torch.empty(shape.d_out)) if output else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., d_in) -> (..., d_out)."""
+        return reference.low_dim_linear(x, self.A, self.B, self.bias_A, self.bias_B)
+
+    def extra_repr(self) -> str:
+        """Shape of the layer for print(model)."""
+        return f"d_in={self.d_in}, d_out={self.d_out}, r={self.rank}"
+
+
+def projection(shape: Shape) -> Dense | LowDim:
+    """The layer for a shape: dense where the rank is None."""
+    return Dense(shape) if shape.rank is None else LowDim(shape)

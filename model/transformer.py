@@ -1,0 +1,198 @@
+"""The decoder-only Transformer.
+
+What is unusual here:
+- every projection is dense or low-dimensional (y = B(Ax)), each kind with a rank of its own;
+  nothing else differs between the vanilla Transformer and LPA (projection.py);
+- two families: "llama" (pre-RMSNorm, RoPE, SwiGLU) and "paper-1" (LayerNorm on the output of a
+  sub-layer before the residual addition, learned positions, ReLU, no final norm);
+- no buffers: the rotary table is recomputed in each forward, so casting the model never rounds it;
+- a parameter is drawn from a generator seeded by (seed, its name): the start is the same at every
+  ZeRO stage and world size, and models that differ in some projections share all other weights.
+"""
+
+import hashlib
+import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kernels import reference
+from model.attention import Attention, KVCache, Rotary
+from model.config import ModelConfig, Shape
+from model.feed_forward import FeedForward
+from model.projection import Dense, LowDim
+
+Gather = Callable[[Tensor], AbstractContextManager[object]]
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) · weight. weight (d,)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(config.hidden_size))
+        self.eps = config.norm_eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., d) -> (..., d)."""
+        return reference.rms_norm(x, self.weight, self.eps)
+
+
+class Embedding(nn.Embedding):
+    """A table of vectors, left uninitialised: init_weights sets it."""
+
+    def reset_parameters(self) -> None:
+        """Does nothing."""
+
+
+def _norm(config: ModelConfig) -> nn.Module:
+    if config.family == "llama":
+        return RMSNorm(config)
+    return nn.LayerNorm(config.hidden_size, eps=config.norm_eps)
+
+
+class Block(nn.Module):
+    """Attention and feed-forward network, each with its norm and residual."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        assert config.dropout is not None
+        self.norm_first = config.family == "llama"
+        self.attention_norm = _norm(config)
+        self.attention = Attention(config, layer)
+        self.feed_forward_norm = _norm(config)
+        self.feed_forward = FeedForward(config)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor, rotary: Rotary | None, cache: KVCache | None = None) -> Tensor:
+        """x (B, T, d) -> (B, T, d)."""
+        if self.norm_first:
+            x = x + self.dropout(self.attention(self.attention_norm(x), rotary, cache))
+            return x + self.dropout(self.feed_forward(self.feed_forward_norm(x)))
+        x = x + self.dropout(self.attention_norm(self.attention(x, rotary, cache)))
+        return x + self.dropout(self.feed_forward_norm(self.feed_forward(x)))
+
+
+class Transformer(nn.Module):
+    """Token ids in, logits or loss out. Parameters are uninitialised until init_weights or a
+    checkpoint.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        d, vocab = config.hidden_size, config.vocab_size
+        self.token_embedding = Embedding(vocab, d)
+        self.position_embedding = (
+            Embedding(config.max_seq_len, d) if config.family == "paper-1" else None
+        )
+        self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_layers))
+        self.final_norm = _norm(config) if config.family == "llama" else nn.Identity()
+        self.lm_head = Dense(Shape(d, vocab, None, "output" if config.lm_head_bias else "none"))
+        if config.tie_embeddings:
+            self.lm_head.weight = self.token_embedding.weight
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        targets: Tensor | None = None,
+        reduction: str = "mean",
+        cache: KVCache | None = None,
+    ) -> Tensor:
+        """Logits (B, T, vocab_size) in float32, or with targets (B, T) the cross-entropy in nats.
+
+        reduction "mean" gives the mean over the targets that are not -100, "none" the loss of each
+        token (B, T), 0 where the target is -100. With a cache, input_ids continue what it holds.
+        ValueError where the sequence is longer than max_seq_len.
+        """
+        start = cache.length if cache is not None else 0
+        length = input_ids.size(1)
+        if start + length > self.config.max_seq_len:
+            raise ValueError(
+                f"a sequence of {start + length} tokens is longer than model.max_seq_len "
+                f"{self.config.max_seq_len}"
+            )
+        positions = torch.arange(start, start + length, device=input_ids.device)
+        x, rotary = self._embed(input_ids, positions)
+        for block in self.layers:
+            x = block(x, rotary, cache)
+        if cache is not None:
+            cache.length += length
+        logits = self.lm_head(self.final_norm(x)).float()  # (B, T, vocab)
+        if targets is None:
+            return logits
+        loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction=reduction)
+        return loss.view_as(targets) if reduction == "none" else loss
+
+    def _embed(self, input_ids: Tensor, positions: Tensor) -> tuple[Tensor, Rotary | None]:
+        x = self.token_embedding(input_ids)  # (B, T, d)
+        if self.position_embedding is not None:
+            return x + self.position_embedding(positions), None
+        assert self.config.head_dim is not None
+        return x, reference.rotary_table(positions, self.config.head_dim, self.config.rope_theta)
+
+
+@torch.no_grad()
+def init_weights(model: Transformer, seed: int, gather: Gather = lambda _: nullcontext()) -> None:
+    """Sets every parameter of a model. σ = init_std, L = num_layers.
+
+    | parameter                   | matched (default)          | authors               |
+    |-----------------------------|----------------------------|-----------------------|
+    | token, position embedding   | N(0, σ²)                   | N(0, 1)               |
+    | dense weight (d_out, d_in)  | N(0, s²)                   | U(±1/√d_in)           |
+    | A (r, d_in)                 | N(0, 1/d_in)               | U(±1/√d_in)           |
+    | B (d_out, r)                | N(0, s² d_in/r)            | U(±1/√r)              |
+    | output head (untied)        | N(0, σ²)                   | U(±1/√d)              |
+    | biases                      | 0                          | U(±1/√fan_in)         |
+    | norms                       | weight 1, bias 0           | weight 1, bias 0      |
+
+    s = σ, but σ/√(2L) for o_proj and down_proj, the two outputs that each block adds to the
+    residual stream (Radford et al. 2019, section 2.3). An entry of the product B·A then has
+    variance r · (1/d_in) · (s² d_in/r) = s², that of the dense weight in its place, and the latent
+    A x has the scale of x. "authors" is what the published LPA code does by leaving torch's
+    defaults: its product has variance 1/(9 d_in), a third of the dense 1/(3 d_in), so rank and
+    initial scale change together there.
+
+    A tensor is drawn on the CPU from a generator seeded by (seed, name), so the values depend on
+    nothing else. `gather(parameter)` must yield with the whole parameter writable (ZeRO stage 3).
+    """
+    for name, parameter in model.named_parameters():  # a tied head comes once, as the embedding
+        with gather(parameter):
+            if parameter.numel():  # an empty one is a shard whose whole is written on another rank
+                parameter.copy_(_initial_value(model, name, parameter.shape, seed))
+
+
+def _initial_value(model: Transformer, name: str, shape: torch.Size, seed: int) -> Tensor:
+    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    config, (owner, _, leaf) = model.config, name.rpartition(".")
+    module = model.get_submodule(owner)
+    value = torch.empty(shape)
+    if isinstance(module, RMSNorm | nn.LayerNorm):
+        return value.fill_(1.0 if leaf == "weight" else 0.0)
+    if config.init == "authors":
+        if isinstance(module, nn.Embedding):
+            return value.normal_(0, 1, generator=generator)
+        bound = 1 / math.sqrt(_fan_in(module, leaf))
+        return value.uniform_(-bound, bound, generator=generator)
+    if "bias" in leaf:
+        return value.zero_()
+    std = config.init_std
+    if owner.endswith((".o_proj", ".down_proj")):
+        std /= math.sqrt(2 * config.num_layers)
+    if leaf == "A":
+        std = 1 / math.sqrt(shape[1])
+    elif leaf == "B":
+        std *= math.sqrt(_fan_in(module, "A") / shape[1])
+    return value.normal_(0, std, generator=generator)
+
+
+def _fan_in(module: nn.Module, leaf: str) -> int:
+    """Inputs of the matrix that a parameter is, or is the bias of."""
+    if isinstance(module, LowDim):
+        return module.d_in if leaf in ("A", "bias_A") else module.rank
+    assert isinstance(module, nn.Linear)
+    return module.in_features

@@ -1,0 +1,87 @@
+"""Dense and LowDim against matrices multiplied out."""
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from model.config import Shape
+from model.projection import Dense, LowDim, projection
+
+
+def filled(shape: Shape, seed: int = 0) -> Dense | LowDim:
+    """A projection in float64 with random parameters, biases too."""
+    layer = projection(shape).double()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.normal_(generator=generator)
+    return layer
+
+
+def rows(d_in: int) -> torch.Tensor:
+    return torch.randn(2, 5, d_in, dtype=torch.float64, generator=torch.Generator().manual_seed(9))
+
+
+@pytest.mark.parametrize("bias", ["none", "latent", "output"])
+def test_dense_is_a_matrix_with_the_bias_on_its_output(bias):
+    layer, x = filled(Shape(6, 10, None, bias)), rows(6)
+    assert isinstance(layer, Dense)
+    expected = torch.einsum("oi,bti->bto", layer.weight, x)
+    if bias == "none":
+        assert layer.bias is None
+    else:
+        assert layer.bias.shape == (10,)
+        expected = expected + layer.bias
+    assert_close(layer(x), expected, rtol=1e-13, atol=1e-13)
+
+
+@pytest.mark.parametrize("bias", ["none", "latent", "output"])
+@pytest.mark.parametrize(("d_in", "d_out", "rank"), [(6, 10, 3), (10, 6, 6), (7, 7, 1)])
+def test_low_dim_is_the_product_of_its_factors(bias, d_in, d_out, rank):
+    layer, x = filled(Shape(d_in, d_out, rank, bias)), rows(d_in)
+    assert isinstance(layer, LowDim)
+    assert (layer.A.shape, layer.B.shape) == ((rank, d_in), (d_out, rank))
+    expected = torch.einsum("oi,bti->bto", layer.B @ layer.A, x)
+    if bias == "latent":
+        assert layer.bias_A.shape == (rank,)
+        expected = expected + layer.B @ layer.bias_A
+    if bias == "output":
+        assert layer.bias_B.shape == (d_out,)
+        expected = expected + layer.bias_B
+    assert_close(layer(x), expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("shape", "names"),
+    [
+        (Shape(6, 10, 3, "none"), ["A", "B"]),
+        (Shape(6, 10, 3, "latent"), ["A", "B", "bias_A"]),
+        (Shape(6, 10, 3, "output"), ["A", "B", "bias_B"]),
+        (Shape(6, 10, None, "none"), ["weight"]),
+        (Shape(6, 10, None, "latent"), ["bias", "weight"]),
+        (Shape(6, 10, None, "output"), ["bias", "weight"]),
+    ],
+)
+def test_parameters_and_their_count(shape, names):
+    layer = projection(shape)
+    assert sorted(name for name, _ in layer.named_parameters()) == names
+    assert sum(p.numel() for p in layer.parameters()) == shape.parameters()
+    matrices = sum(p.numel() for p in layer.parameters() if p.ndim == 2)
+    assert matrices == shape.matmul_parameters()
+
+
+def test_gradients_of_the_factors():
+    """dL/dB = dL/dW Aᵀ and dL/dA = Bᵀ dL/dW for W = B·A."""
+    low, x = filled(Shape(6, 10, 3, "none")), rows(6)
+    dense = Dense(Shape(6, 10, None, "none")).double()
+    with torch.no_grad():
+        dense.weight.copy_(low.B @ low.A)
+    for layer in (low, dense):
+        layer(x).pow(2).sum().backward()
+    grad = dense.weight.grad
+    assert_close(low.B.grad, grad @ low.A.T, rtol=1e-12, atol=1e-10)
+    assert_close(low.A.grad, low.B.T @ grad, rtol=1e-12, atol=1e-10)
+
+
+def test_low_dim_names_its_shape():
+    assert "d_in=6, d_out=10, r=3" in repr(LowDim(Shape(6, 10, 3, "none")))

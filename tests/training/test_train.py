@@ -1,0 +1,196 @@
+"""train.py as a user starts it: launchers, ZeRO stages, resume, signals, run directory."""
+
+import json
+import shutil
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import yaml
+
+from data.command_line import parse_options
+from tests.conftest import Runs, finish
+from tests.training.oracle import plain_training
+from training import checkpoint
+from training.config import RunConfig
+
+
+def metrics(run_dir: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def load(config: Path, *options: str) -> RunConfig:
+    run, _ = parse_options(
+        RunConfig, ["--config", str(config), *options], prog="test", description="test"
+    )
+    return run
+
+
+def status(run_dir: Path) -> dict[str, Any]:
+    return json.loads((run_dir / "status.json").read_text())
+
+
+def test_training_is_that_of_a_plain_torch_loop(trained: Path):
+    run = load(trained / "config.yaml")
+    expected = plain_training(run, 6)
+    found = metrics(trained)
+    assert [m["step"] for m in found] == [1, 2, 3, 4, 5, 6]
+    for one, other in zip(found, expected, strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], rel=2e-6)
+        assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=2e-5)
+        assert one["lr"] == other["lr"]
+
+
+def test_run_directory_describes_itself(trained: Path):
+    for name in ("config.yaml", "environment.json", "metrics.jsonl", "log.txt", "final.json"):
+        assert (trained / name).stat().st_size > 0
+    environment = json.loads((trained / "environment.json").read_text())
+    assert {"git_commit", "git_dirty", "packages", "command_line", "device"} <= set(environment)
+    assert status(trained)["state"] == "completed"
+    assert status(trained)["step"] == 6
+    last = metrics(trained)[-1]
+    run = load(trained / "config.yaml")
+    assert last["tokens"] == 6 * run.training.global_batch_size * run.training.seq_len
+    assert {"validation_loss", "validation_perplexity", "validation_bits_per_byte"} <= set(last)
+    state = checkpoint.read_state(checkpoint.resolve(trained))
+    assert state["position"] == 6 * run.training.global_batch_size
+
+
+def test_tensorboard_shows_the_numbers_of_metrics_jsonl(trained: Path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    board = EventAccumulator(str(trained / "tensorboard")).Reload()
+    for name in ("loss", "lr", "grad_norm", "tokens_per_second", "validation_loss"):
+        shown = {e.step: e.value for e in board.Scalars(name) if e.step > 0}
+        written = {m["step"]: m[name] for m in metrics(trained) if name in m}
+        assert shown == pytest.approx(written, rel=1e-6)
+
+
+@pytest.fixture(scope="module")
+def two_rank_losses(tmp_path_factory: pytest.TempPathFactory, prepared: Path) -> dict[int, list]:
+    """Metrics of each ZeRO stage on two processes."""
+    found = {}
+    for stage in (0, 1, 2, 3):
+        runs = Runs(tmp_path_factory.mktemp(f"stage{stage}"), prepared)
+        config = runs.config(deepspeed__zero_stage=stage, training__max_steps=5)
+        # Stage 1 through `deepspeed` itself; torchrun starts the others in half the time.
+        runs.train(config, ranks=2, launcher="deepspeed" if stage == 1 else "torchrun")
+        found[stage] = metrics(runs.folder / "run")
+        weights = checkpoint.newest(runs.folder / "run") / "model.safetensors"
+        found[stage][-1]["weights"] = safetensors.torch.load_file(weights)
+    return found
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_zero_stages_on_two_ranks_give_the_same_losses(
+    stage: int, two_rank_losses: dict[int, list], runs: Runs
+):
+    expected = plain_training(load(runs.config(training__max_steps=5)), 5)
+    found = two_rank_losses[stage]
+    assert [m["loss"] for m in found] == pytest.approx([m["loss"] for m in expected], rel=2e-6)
+    norms = [m["grad_norm"] for m in expected]
+    assert [m["grad_norm"] for m in found] == pytest.approx(norms, rel=2e-5)
+    reference = two_rank_losses[0][-1]["weights"]
+    for name, weight in found[-1]["weights"].items():
+        assert weight.shape == reference[name].shape
+        assert (weight - reference[name]).abs().max() < 2e-5, name
+
+
+CASES = [
+    pytest.param({"deepspeed__zero_stage": 0, "model__family": "paper-1"}, 1, id="dropout-stage0"),
+    pytest.param({"deepspeed__zero_stage": 2, "training__precision": "bf16"}, 2, id="bf16-stage2"),
+    *[
+        pytest.param(
+            {"deepspeed__zero_stage": stage, "training__precision": precision},
+            ranks,
+            id=f"{precision}-stage{stage}-{ranks}ranks",
+            marks=pytest.mark.slow,
+        )
+        for stage in (0, 1, 2, 3)
+        for precision in ("fp32", "bf16")
+        for ranks in (1, 2)
+    ],
+]
+
+
+@pytest.mark.parametrize(("changes", "ranks"), CASES)
+def test_resumed_run_is_one_that_never_stopped(changes: dict[str, Any], ranks: int, runs: Runs):
+    config = runs.config(**changes)
+    launcher = "python" if ranks == 1 else "torchrun"
+    runs.train(config, ranks=ranks, launcher=launcher)
+    run_dir = runs.folder / "run"
+    straight = metrics(run_dir)
+    straight_weights = (run_dir / "checkpoints/step-00000006/model.safetensors").read_bytes()
+    shutil.rmtree(run_dir / "checkpoints/step-00000006")
+    out, _ = runs.train(config, ranks=ranks, launcher=launcher)
+    assert "step-00000003" in out
+    again = metrics(run_dir)
+    for key in ("step", "loss", "lr", "grad_norm", "tokens"):
+        assert [m[key] for m in again] == [m[key] for m in straight]
+    weights = (run_dir / "checkpoints/step-00000006/model.safetensors").read_bytes()
+    assert weights == straight_weights
+
+
+def wait_for_steps(process: Any, run_dir: Path, steps: int) -> None:
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        assert process.poll() is None, process.communicate()
+        path = run_dir / "metrics.jsonl"
+        if path.exists() and len(path.read_text().splitlines()) >= steps:
+            return
+        time.sleep(0.05)
+    raise AssertionError(f"{steps} steps were not reached")
+
+
+def test_signal_saves_and_a_second_run_is_refused_meanwhile(runs: Runs):
+    config = runs.config(training__max_steps=100_000, training__checkpoint_every=0)
+    run_dir = runs.folder / "run"
+    process = runs.start(config)
+    wait_for_steps(process, run_dir, 2)
+    assert status(run_dir)["state"] == "running"
+    _, err = runs.train(config, code=2)
+    assert err.count("\n") == 1
+    assert "another run is using it" in err
+    process.send_signal(signal.SIGTERM)
+    finish(process, code=75)
+    stopped = status(run_dir)
+    assert stopped["state"] == "preempted"
+    assert checkpoint.read_state(checkpoint.newest(run_dir))["step"] == stopped["step"]
+    steps = stopped["step"] + 2
+    runs.train(config, "--training.max_steps", str(steps))
+    assert status(run_dir)["state"] == "completed"
+    assert [m["step"] for m in metrics(run_dir)] == list(range(1, steps + 1))
+
+
+@pytest.mark.slow
+def test_signal_to_one_of_two_ranks_stops_both(runs: Runs):
+    import psutil
+
+    config = runs.config(training__max_steps=100_000)
+    process = runs.start(config, ranks=2, launcher="deepspeed")
+    wait_for_steps(process, runs.folder / "run", 2)
+    children = psutil.Process(process.pid).children(recursive=True)
+    ranks = [c for c in children if c.environ().get("RANK") == "1"]
+    ranks[-1].send_signal(signal.SIGUSR1)
+    finish(process, code=75)
+    assert status(runs.folder / "run")["state"] == "preempted"
+
+
+def test_finished_run_trains_no_further(trained: Path, tmp_path: Path, prepared: Path):
+    copy = tmp_path / "run"
+    shutil.copytree(trained, copy)
+    runs = Runs(tmp_path, prepared)
+    before = (copy / "metrics.jsonl").read_text()
+    runs.train(copy / "config.yaml", "--training.run_dir", str(copy))
+    assert (copy / "metrics.jsonl").read_text() == before
+    assert status(copy)["state"] == "completed"
+
+
+def test_config_yaml_of_a_run_is_the_configuration_it_had(trained: Path):
+    written = yaml.safe_load((trained / "config.yaml").read_text())
+    assert written["model"]["r"] == 8
+    assert written["training"]["beta2"] == 0.95, "defaults are written too"
+    assert written["deepspeed"]["zero_stage"] == 1

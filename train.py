@@ -1,0 +1,329 @@
+"""Trains a model: deepspeed train.py --config lpa_370m.yaml
+
+Read from top to bottom: parse, validate, build, resume, loop, final evaluation. It also runs under
+torchrun, and as plain `python train.py` with one process. docs/training.md describes every part.
+"""
+
+import json
+import time
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from jsonargparse import ArgumentParser, Namespace
+
+from data.command_line import parse_options
+from data.errors import InputError, run_cli
+from data.loader import WindowLoader, rank_slice
+from data.shards import PreparedData, sha256_file
+from eval.perplexity import Score, score
+from training import checkpoint, distributed, hardware, run_dir
+from training.config import CONFIG_FOLDER, RunConfig
+from training.dry_run import describe, dry_run
+from training.metrics import Metrics
+from training.schedule import learning_rate
+from training.signals import StopSignal
+
+STOPPED_EARLY = 75  # EX_TEMPFAIL: a signal came, a checkpoint is saved, start again to go on
+
+
+@dataclass
+class Job:
+    """What this process works with."""
+
+    run: RunConfig
+    folder: Path
+    data: PreparedData
+    loader: WindowLoader
+    device: torch.device
+    engine: Any
+    metrics: Metrics
+
+
+def parse() -> tuple[RunConfig, Namespace]:
+    """The run's configuration and the options beside it."""
+
+    def add_options(parser: ArgumentParser) -> None:
+        parser.add_argument(
+            "--dry-run", action="store_true", help="say what the run would cost, and stop"
+        )
+        parser.add_argument("--output", help="write what --dry-run says to this JSON file")
+        parser.add_argument("--local_rank", type=int, default=-1, help="set by `deepspeed`")
+
+    return parse_options(
+        RunConfig,
+        prog="train.py",
+        description="Trains a model; --config takes a path or the name of a file in configs/.",
+        config_folder=CONFIG_FOLDER,
+        add_options=add_options,
+    )
+
+
+def open_data(run: RunConfig) -> tuple[PreparedData, WindowLoader]:
+    """The prepared tokens, checked against the model."""
+    verify = run.data.verify and distributed.local_rank() == 0
+    data = PreparedData.open(run.data.path, verify=verify)
+    if data.tokenizer.vocab_size > run.model.vocab_size:
+        raise InputError(
+            f"{run.data.path}: token ids up to {data.tokenizer.vocab_size - 1}, and "
+            f"model.vocab_size is {run.model.vocab_size}; it must be at least "
+            f"{data.tokenizer.vocab_size}"
+        )
+    return data, WindowLoader(data.split("train"), run.training.seq_len, run.training.seed)
+
+
+def find_checkpoint(run: RunConfig) -> Path | None:
+    """The checkpoint to go on from, as training.resume says; None: start from new weights."""
+    choice, folder = run.training.resume, Path(run.training.run_dir)
+    newest = checkpoint.newest(folder)
+    if choice == "auto":
+        return newest
+    if newest is not None and (choice == "never" or checkpoint.resolve(Path(choice)) != newest):
+        raise InputError(
+            f"training.resume: {choice}, but {folder} holds a run (its newest checkpoint is "
+            f"{newest.name}); use training.resume auto to go on from it, or "
+            "another training.run_dir"
+        )
+    return None if choice == "never" else checkpoint.resolve(Path(choice))
+
+
+def identity(run: RunConfig, data: PreparedData) -> dict[str, Any]:
+    """What must be the same when a run is resumed."""
+    return {
+        "world_size": distributed.world_size(),
+        "zero_stage": run.deepspeed.zero_stage,
+        "precision": run.training.precision,
+        "global_batch_size": run.training.global_batch_size,
+        "seq_len": run.training.seq_len,
+        "seed": run.training.seed,
+        "tokenizer_sha256": data.tokenizer.sha256,
+        "data_sha256": sha256_file(data.path / "manifest.json"),
+    }
+
+
+def setup(run: RunConfig) -> tuple[Job, int]:
+    """Builds everything and resumes; the step to begin with."""
+    folder, first = Path(run.training.run_dir), distributed.rank() == 0
+    data, loader = open_data(run)
+    step, resumed = 0, find_checkpoint(run)
+    if resumed is not None:
+        step = checkpoint.check(resumed, run.model, identity(run, data))["step"]
+    device = distributed.init_distributed()
+
+    from training.engine import Engine  # after the checks: DeepSpeed takes seconds to import
+
+    engine = Engine(run, device)
+    if resumed is not None:
+        checkpoint.load(engine, resumed)
+    log = run_dir.logger(folder if first else None)
+    if first:
+        (folder / "config.yaml").write_text(run.to_yaml())
+        run_dir.write_json(folder / "environment.json", run_dir.environment(device))
+    metrics = Metrics(folder if first else None, log, step, run.training.max_steps)
+    micro = run.training.global_batch_size // engine.accumulation // engine.world_size
+    metrics.say(
+        f"{run.model.num_parameters():,} parameters, {hardware.device_name(device)}, "
+        f"{run.training.precision}, ZeRO stage {run.deepspeed.zero_stage}; batch: "
+        f"{engine.world_size} ranks × {micro} sequences × {engine.accumulation} accumulation "
+        f"= {run.training.global_batch_size} sequences of {run.training.seq_len} tokens"
+    )
+    metrics.say(f"resumed from {resumed}" if resumed else "starting from new weights")
+    return Job(run, folder, data, loader, device, engine, metrics), step
+
+
+def validate(job: Job, split: str, max_tokens: int | None) -> Score:
+    """Loss of the current weights on a split, on all ranks together."""
+    training = job.run.training
+    micro = training.global_batch_size // job.engine.accumulation // job.engine.world_size
+    return score(
+        job.engine.token_losses,
+        job.data.split(split),
+        job.data.tokenizer.token_bytes(),
+        seq_len=training.seq_len,
+        micro_batch_size=training.eval_micro_batch_size or micro,
+        max_tokens=max_tokens,
+        device=job.device,
+    )
+
+
+def validation_values(job: Job) -> dict[str, float]:
+    """The numbers of a validation, as they are reported."""
+    result = validate(job, "valid", job.run.training.validation_tokens).to_dict()
+    return {
+        "validation_loss": result["loss_nats_per_token"],
+        "validation_perplexity": result["perplexity"],
+        "validation_bits_per_byte": result["bits_per_byte"],
+    }
+
+
+def save(job: Job, steps_done: int) -> None:
+    """Writes a checkpoint of the state after `steps_done` optimizer steps."""
+    started = time.perf_counter()
+    batch, length = job.run.training.global_batch_size, job.run.training.seq_len
+    state = identity(job.run, job.data) | {
+        "step": steps_done,
+        "position": steps_done * batch,
+        "tokens": steps_done * batch * length,
+    }
+    written = checkpoint.save(job.engine, job.folder, job.data.tokenizer, state)
+    if distributed.rank() == 0:
+        checkpoint.prune(job.folder, job.run.training.keep_checkpoints)
+        run_dir.write_status(job.folder, "running", steps_done)
+    job.metrics.say(f"saved {written} in {time.perf_counter() - started:.1f} s")
+
+
+class Stopwatch:
+    """Time since the last report, and the part of it spent waiting for data."""
+
+    def __init__(self) -> None:
+        self.started = time.perf_counter()
+        self.waited = 0.0
+        self.steps = 0
+
+    def restart(self) -> None:
+        """Begins a new interval."""
+        self.__init__()  # type: ignore[misc]
+
+
+def report(job: Job, step: int, loss: torch.Tensor, norm: Any, watch: Stopwatch) -> dict[str, Any]:
+    """The numbers of a logged step. Reading loss and norm is what waits for the device."""
+    run = job.run
+    mean = distributed.sum_over_ranks(loss.double()) / job.engine.world_size
+    values = {"step": step + 1, "loss": mean.item()}
+    seconds = (time.perf_counter() - watch.started) / watch.steps
+    tokens = run.training.global_batch_size * run.training.seq_len
+    peak = hardware.peak_flops(hardware.device_name(job.device))
+    flops = 3 * run.model.flops_per_token(run.training.seq_len) * tokens / seconds
+    return values | {
+        "tokens": (step + 1) * tokens,
+        "lr": learning_rate(run.training, step),
+        "grad_norm": float(norm),
+        "tokens_per_second": tokens / seconds,
+        "seconds_per_step": seconds,
+        "mfu": flops / (peak * job.engine.world_size) if peak else None,
+        "data_wait_share": watch.waited / (watch.steps * seconds),
+        "peak_memory_bytes": hardware.peak_memory_bytes(job.device),
+        "eta_seconds": (run.training.max_steps - step - 1) * seconds,
+    }
+
+
+def train(job: Job, start: int, stop: StopSignal) -> int:
+    """Steps from `start` to max_steps; how many are done at its end, fewer after a signal."""
+    training, engine = job.run.training, job.engine
+    watch = Stopwatch()
+
+    def load(position: int, count: int) -> torch.Tensor:
+        begun = time.perf_counter()
+        tokens = torch.from_numpy(job.loader.batch(position, count))
+        watch.waited += time.perf_counter() - begun
+        return tokens.to(job.device, non_blocking=True)
+
+    for step in range(start, training.max_steps):
+        if job.run.model.dropout:
+            # Dropout is a pure function of step and rank too, so there is no RNG state to save.
+            torch.manual_seed((training.seed * 1_000_003 + step) * 65_537 + distributed.rank())
+        slices = rank_slice(
+            step,
+            training.global_batch_size,
+            engine.world_size,
+            distributed.rank(),
+            engine.accumulation,
+        )
+        loss, norm = engine.train_step(step, [lambda s=s: load(*s) for s in slices])
+        watch.steps += 1
+        done = step + 1
+        job.metrics.advance(done)
+        last = done == training.max_steps
+        due = training.validate_every and (done % training.validate_every == 0 or last)
+        if done % training.log_every == 0 or due or last or done == 1:
+            values = report(job, step, loss, norm, watch)
+            if due:
+                values |= validation_values(job)
+            job.metrics.record(values)
+            watch.restart()
+        stopping = not last and stop.on_any_rank()
+        if (
+            last
+            or stopping
+            or (training.checkpoint_every and done % training.checkpoint_every == 0)
+        ):
+            save(job, done)
+            watch.restart()
+        if stopping:
+            return done
+    return training.max_steps
+
+
+def evaluate_final(job: Job) -> None:
+    """Scores the final split and writes final.json."""
+    split = job.run.data.final_split
+    if split is None or split not in job.data.manifest["splits"]:
+        return
+    result = {"split": split} | validate(job, split, None).to_dict()
+    job.metrics.say(
+        f"{split}: loss {result['loss_nats_per_token']:.4f} nats/token, perplexity "
+        f"{result['perplexity']:.3f}, {result['bits_per_byte']:.4f} bits/byte "
+        f"({result['tokens']:,} tokens)"
+    )
+    if distributed.rank() == 0:
+        run_dir.write_json(job.folder / "final.json", result)
+
+
+def main() -> int:
+    """The main job."""
+    run, options = parse()
+    if options.dry_run:
+        result = dry_run(run)
+        if distributed.rank() == 0:
+            print(describe(run, result))
+            if options.output:
+                Path(options.output).write_text(json.dumps(result, indent=2) + "\n")
+        return 0
+    distributed.join_environment()
+    run.training.accumulation(distributed.world_size())  # refuses a batch that does not divide
+    folder = Path(run.training.run_dir)
+    with run_dir.lock(folder) if distributed.rank() == 0 else nullcontext():
+        code = run_job(run)
+        distributed.leave(code)
+    return code
+
+
+def run_job(run: RunConfig) -> int:
+    """Trains to the end or to a signal; the exit code."""
+    job, start = setup(run)
+    stop = StopSignal()
+    status = partial(run_dir.write_status, job.folder) if distributed.rank() == 0 else _ignore
+    status("running", start)
+    done = start
+    try:
+        if start == 0 and run.training.validate_every:
+            values = validation_values(job)
+            job.metrics.scalars(0, values)
+            job.metrics.say(f"before training: {values['validation_bits_per_byte']:.4f} bits/byte")
+        done = train(job, start, stop)
+        completed = done >= run.training.max_steps
+        if completed:
+            evaluate_final(job)
+    except BaseException:
+        status("failed", done)
+        raise
+    status("completed" if completed else "preempted", done)
+    job.metrics.say(
+        f"done: {job.folder} (metrics.jsonl, tensorboard/, checkpoints/)"
+        if completed
+        else f"stopped by a signal after step {done}; start the same command again to go on"
+    )
+    job.metrics.close()
+    distributed.barrier()
+    return 0 if completed else STOPPED_EARLY
+
+
+def _ignore(*_: Any) -> None:
+    """What ranks other than the first do where only the first writes."""
+
+
+if __name__ == "__main__":
+    run_cli(main)

@@ -1,0 +1,1 @@
+"""What the training loop of train.py is made of."""

@@ -1,0 +1,183 @@
+"""RunConfig: what a run's YAML says (blocks model, data, training, deepspeed) and its validation.
+
+Precedence: the defaults below, then the YAML of --config, then options such as --training.seed 1.
+"""
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from data.errors import InputError
+from model.config import ModelConfig
+
+CONFIG_FOLDER = Path(__file__).resolve().parent.parent / "configs"
+
+
+@dataclass
+class DataConfig:
+    """Where the tokens come from.
+
+    Attributes:
+        path: A folder that data.prepare wrote.
+        verify: Compare the sha256 sums of all shards with the manifest before training.
+        final_split: The split evaluated when training is over; null: none.
+    """
+
+    path: str = "prepared/embedded"
+    verify: bool = True
+    final_split: str | None = "test"
+
+
+@dataclass
+class TrainingConfig:
+    """How the model is trained.
+
+    Attributes:
+        run_dir: The folder of the run; see docs/training.md for what it holds.
+        seed: Seeds the initial weights, the data order and dropout.
+        max_steps: Optimizer steps of the whole run.
+        global_batch_size: Sequences in one optimizer step, over all ranks and accumulation steps.
+        micro_batch_size: Sequences in one forward pass of one rank; null: the whole share of a
+            rank. Accumulation is global_batch_size / (micro_batch_size · ranks).
+        seq_len: Tokens of a training sequence.
+        learning_rate: Peak of the schedule.
+        min_learning_rate: Where the schedule ends.
+        schedule: Shape after the warm-up: "cosine", "linear" (both decay from its end to
+            max_steps), "wsd" (constant, then linear over decay_steps) or "constant".
+        warmup_steps: Steps of linear warm-up from 0.
+        decay_steps: Last steps of "wsd" over which the rate decays.
+        weight_decay: AdamW's decoupled decay of matrices and embeddings; norms and biases have
+        none. beta1: AdamW's decay of the first moment. beta2: AdamW's decay of the second moment.
+        eps: AdamW's denominator offset. gradient_clipping: Largest global norm of the gradient; 0:
+        no clipping. precision: "fp32" or "bf16" (bf16 compute, fp32 master weights and
+        accumulation). log_every: Steps between two lines of metrics.jsonl. validate_every: Steps
+        between two validations; 0: none. validation_tokens: Tokens of the validation split to use,
+        from its start; null: all. eval_micro_batch_size: Sequences in one forward pass of a
+        validation; null: micro_batch_size. checkpoint_every: Steps between two checkpoints; one is
+        always written at the end. 0: only
+            that one.
+        keep_checkpoints: How many of the newest checkpoints to keep; null: all.
+        resume: "auto" (the newest whole checkpoint of run_dir, if there is one), "never" (refuse a
+            run_dir that has one) or the path of a checkpoint.
+    """
+
+    run_dir: str
+    max_steps: int
+    global_batch_size: int
+    seq_len: int
+    learning_rate: float
+    seed: int = 0
+    micro_batch_size: int | None = None
+    min_learning_rate: float = 0.0
+    schedule: Literal["cosine", "wsd", "linear", "constant"] = "cosine"
+    warmup_steps: int = 0
+    decay_steps: int = 0
+    weight_decay: float = 0.1
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1.0e-8
+    gradient_clipping: float = 1.0
+    precision: Literal["fp32", "bf16"] = "fp32"
+    log_every: int = 10
+    validate_every: int = 0
+    validation_tokens: int | None = None
+    eval_micro_batch_size: int | None = None
+    checkpoint_every: int = 0
+    keep_checkpoints: int | None = 2
+    resume: str = "auto"
+
+    def __post_init__(self) -> None:
+        at_least_1 = ["max_steps", "global_batch_size", "micro_batch_size", "seq_len", "log_every"]
+        at_least_1 += ["validation_tokens", "eval_micro_batch_size", "keep_checkpoints"]
+        not_negative = ["seed", "warmup_steps", "decay_steps", "weight_decay", "min_learning_rate"]
+        not_negative += ["gradient_clipping", "validate_every", "checkpoint_every"]
+        for name in at_least_1:
+            self._require(name, lambda v: v >= 1, "at least 1")
+        for name in not_negative:
+            self._require(name, lambda v: v >= 0, "at least 0")
+        for name in ("learning_rate", "eps"):
+            self._require(name, lambda v: v > 0, "greater than 0")
+        for name in ("beta1", "beta2"):
+            self._require(name, lambda v: 0 <= v < 1, "at least 0 and under 1")
+        for name in ("warmup_steps", "decay_steps"):
+            self._require(
+                name, lambda v: v <= self.max_steps, f"at most max_steps {self.max_steps}"
+            )
+        self._require(
+            "min_learning_rate",
+            lambda v: v <= self.learning_rate,
+            f"at most learning_rate {self.learning_rate}",
+        )
+
+    def _require(self, name: str, test: Any, allowed: str) -> None:
+        value = getattr(self, name)
+        if value is not None and not test(value):
+            raise ValueError(f"training.{name}: {value}; it must be {allowed}")
+
+    def accumulation(self, world_size: int) -> int:
+        """Micro-steps of one optimizer step. InputError where the batch does not divide."""
+        micro = self.micro_batch_size or max(1, self.global_batch_size // world_size)
+        if self.global_batch_size % (micro * world_size):
+            raise InputError(
+                f"training.global_batch_size: {self.global_batch_size} sequences do not divide "
+                f"into {world_size} ranks × micro_batch_size {micro}; allowed are multiples of "
+                f"{micro * world_size}"
+            )
+        return self.global_batch_size // (micro * world_size)
+
+
+@dataclass
+class DeepSpeedConfig:
+    """What is handed on to DeepSpeed; the rest of its configuration follows from `training`.
+
+    Attributes:
+        zero_stage: What is sharded over the ranks: 0 nothing, 1 optimizer states, 2 and gradients,
+            3 and parameters.
+        overlap_comm: Overlap gradient reduction with the backward pass (stages 1 to 3).
+        offload_optimizer: Where optimizer states live: "none" (on the device) or "cpu".
+        reduce_bucket_size: Elements reduced at once.
+        allgather_bucket_size: Elements gathered at once (stages 1 and 2).
+    """
+
+    zero_stage: Literal[0, 1, 2, 3] = 1
+    overlap_comm: bool = False
+    offload_optimizer: Literal["none", "cpu"] = "none"
+    reduce_bucket_size: int = 500_000_000
+    allgather_bucket_size: int = 500_000_000
+
+    def __post_init__(self) -> None:
+        if self.offload_optimizer != "none" and self.zero_stage == 0:
+            raise ValueError(
+                "deepspeed.offload_optimizer: stage 0 has nothing to offload; use zero_stage 1 to 3"
+            )
+
+
+@dataclass
+class RunConfig:
+    """A training run.
+
+    Attributes:
+        model: The shape of the model.
+        training: How it is trained.
+        data: Where the tokens come from.
+        deepspeed: What DeepSpeed shards and where.
+    """
+
+    model: ModelConfig
+    training: TrainingConfig
+    data: DataConfig = field(default_factory=DataConfig)
+    deepspeed: DeepSpeedConfig = field(default_factory=DeepSpeedConfig)
+
+    def __post_init__(self) -> None:
+        if self.training.seq_len > self.model.max_seq_len:
+            raise ValueError(
+                f"training.seq_len: {self.training.seq_len} is over model.max_seq_len "
+                f"{self.model.max_seq_len}"
+            )
+
+    def to_yaml(self) -> str:
+        """The resolved configuration, defaults included; --config reads it back to an equal one."""
+        return yaml.safe_dump(dataclasses.asdict(self), sort_keys=False)

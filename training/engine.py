@@ -1,0 +1,130 @@
+"""The DeepSpeed engine of a run, with its configuration derived from the run's YAML."""
+
+import io
+from collections.abc import Callable
+from contextlib import nullcontext, redirect_stdout
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from model import Transformer, init_weights
+from training import distributed
+from training.config import RunConfig
+from training.optimizer import build_optimizer
+from training.schedule import learning_rate
+
+
+def deepspeed_config(run: RunConfig, world_size: int) -> dict[str, Any]:
+    """DeepSpeed's configuration. Every key that changes what happens is written out, because
+    defaults have moved between its releases; nothing in it can disagree with the YAML.
+    """
+    training, ds = run.training, run.deepspeed
+    accumulation = training.accumulation(world_size)
+    bf16 = training.precision == "bf16"
+    return {
+        "train_micro_batch_size_per_gpu": training.global_batch_size // accumulation // world_size,
+        "gradient_accumulation_steps": accumulation,
+        "gradient_clipping": training.gradient_clipping,
+        "zero_optimization": {
+            "stage": ds.zero_stage,
+            "overlap_comm": ds.overlap_comm,
+            "contiguous_gradients": True,
+            "reduce_bucket_size": ds.reduce_bucket_size,
+            "allgather_bucket_size": ds.allgather_bucket_size,
+            "offload_optimizer": {"device": ds.offload_optimizer},
+        },
+        # DeepSpeed's own bf16 at stage 0 takes an optimizer step of its own at start, so Adam's
+        # bias correction is off by one; autocast over fp32 weights has no such step.
+        "bf16": {"enabled": bf16 and ds.zero_stage > 0, "check_grad_overflow": True},
+        "torch_autocast": {"enabled": bf16 and ds.zero_stage == 0, "dtype": "bfloat16"},
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "steps_per_print": 2**62,
+        "wall_clock_breakdown": False,
+    }
+
+
+class Engine:
+    """One rank's part of the training: weights, optimizer and the steps on them."""
+
+    def __init__(self, run: RunConfig, device: torch.device) -> None:
+        distributed.prepare_deepspeed()
+        import deepspeed
+
+        self.run, self.device = run, device
+        self.world_size = distributed.world_size()
+        config = deepspeed_config(run, self.world_size)
+        self.accumulation: int = config["gradient_accumulation_steps"]
+        self.sharded = run.deepspeed.zero_stage == 3
+        deepspeed.init_distributed(dist_backend=None)
+        shard = deepspeed.zero.Init(config_dict_or_path=config) if self.sharded else nullcontext()
+        with shard:
+            model = Transformer(run.model)
+        init_weights(model, run.training.seed, self.gather if self.sharded else _whole)
+        with redirect_stdout(io.StringIO()):  # BF16_Optimizer prints memory statistics, always
+            self.deepspeed, self.optimizer, _, _ = deepspeed.initialize(
+                model=model, optimizer=build_optimizer(model, run.training), config=config
+            )
+        self.model: Transformer = self.deepspeed.module
+
+    @staticmethod
+    def gather(parameter: Tensor) -> Any:
+        """Makes a parameter that ZeRO stage 3 shards whole; rank 0's values are those kept."""
+        import deepspeed
+
+        return deepspeed.zero.GatheredParameters([parameter], modifier_rank=0)
+
+    def train_step(
+        self, step: int, micro_batches: list[Callable[[], Tensor]]
+    ) -> tuple[Tensor, Any]:
+        """One optimizer step. Each micro-batch gives token ids (b, seq_len + 1).
+
+        Returns this rank's mean loss (a tensor on the device; reading it waits for the device) and
+        the global norm of the gradient before clipping.
+        """
+        rate = learning_rate(self.run.training, step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        total = torch.zeros((), device=self.device)
+        norm: Any = None
+        self.deepspeed.train()
+        for load in micro_batches:
+            tokens = load()
+            loss = self.deepspeed(tokens[:, :-1], tokens[:, 1:])
+            self.deepspeed.backward(loss)  # divides by the accumulation itself
+            if (
+                self.run.deepspeed.zero_stage == 0
+                and self.deepspeed.is_gradient_accumulation_boundary()
+            ):
+                # Stage 0 clips but does not keep the norm; gradients are averaged by now.
+                grads = [p.grad for p in self.model.parameters() if p.grad is not None]
+                norm = torch.nn.utils.get_total_norm(grads)
+            self.deepspeed.step()
+            total += loss.detach()
+        if norm is None:
+            norm = self.deepspeed.get_global_grad_norm()
+        return total / len(micro_batches), norm
+
+    @torch.no_grad()
+    def token_losses(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        """Cross-entropy in nats of each target (B, T) -> (B, T); collective at ZeRO stage 3."""
+        self.deepspeed.eval()
+        losses: Tensor = self.deepspeed(inputs, targets, reduction="none")
+        return losses
+
+    def full_weights(self) -> dict[str, Tensor]:
+        """The whole fp32 weights on rank 0's CPU, {} elsewhere; every rank calls it."""
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        weights = {}
+        for name, parameter in self.model.named_parameters():
+            value = safe_get_full_fp32_param(parameter)  # collective at stages 1 to 3
+            if value is None:  # stage 0: the parameter is the fp32 weight
+                value = parameter.detach()
+            if distributed.rank() == 0:
+                weights[name] = value.float().cpu().contiguous()
+        return weights
+
+
+def _whole(_: Tensor) -> Any:
+    return nullcontext()

@@ -1,0 +1,38 @@
+"""Stopping on a signal: every rank leaves after the same step, with a checkpoint."""
+
+import signal
+from types import FrameType
+
+import torch
+import torch.distributed as dist
+
+from training import distributed
+
+STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+
+class StopSignal:
+    """Remembers SIGTERM, SIGINT or SIGUSR1; a second SIGINT ends the process at once.
+
+    The handler only sets a flag: launchers signal the ranks seconds apart, so a rank that saved
+    right away would wait in a collective for ranks that are still training.
+    """
+
+    def __init__(self) -> None:
+        self.received: signal.Signals | None = None
+        # A group on gloo, so that asking every rank each step does not wait for the GPU.
+        self.group = dist.new_group(backend="gloo") if distributed.world_size() > 1 else None
+        for number in STOPPING:
+            signal.signal(number, self._remember)
+
+    def _remember(self, number: int, _: FrameType | None) -> None:
+        if self.received is signal.SIGINT and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.received = signal.Signals(number)
+
+    def on_any_rank(self) -> bool:
+        """Whether any rank has been signalled; every rank calls it after each step."""
+        flag = torch.tensor([int(self.received is not None)])
+        if self.group is not None:
+            dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self.group)
+        return bool(flag.item())
