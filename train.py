@@ -41,6 +41,8 @@ class Job:
     device: torch.device
     engine: Any
     metrics: Metrics
+    began_from: str | None
+    step: int  # optimizer steps done
 
 
 def parse() -> tuple[RunConfig, Namespace]:
@@ -76,18 +78,30 @@ def open_data(run: RunConfig) -> tuple[PreparedData, WindowLoader]:
 
 
 def find_checkpoint(run: RunConfig) -> Path | None:
-    """The checkpoint to go on from, as training.resume says; None: start from new weights."""
+    """The checkpoint to go on from, as training.resume says; None: start from new weights.
+
+    A run that began from another run's checkpoint (resume: PATH) and was stopped goes on from its
+    own newest one when the same command is started again.
+    """
     choice, folder = run.training.resume, Path(run.training.run_dir)
     newest = checkpoint.newest(folder)
-    if choice == "auto":
+    if choice == "auto" or (choice == "never" and newest is None):
         return newest
-    if newest is not None and (choice == "never" or checkpoint.resolve(Path(choice)) != newest):
-        raise InputError(
-            f"training.resume: {choice}, but {folder} holds a run (its newest checkpoint is "
-            f"{newest.name}); use training.resume auto to go on from it, or "
-            "another training.run_dir"
-        )
-    return None if choice == "never" else checkpoint.resolve(Path(choice))
+    source = None if choice == "never" else checkpoint.resolve(Path(choice))
+    if source is not None and (newest is None or source.samefile(newest)):
+        return source
+    assert newest is not None
+    if source is not None and checkpoint.read_state(newest)["began_from"] == began_from(source):
+        return newest
+    raise InputError(
+        f"training.resume: {choice}, but {folder} holds a run (its newest checkpoint is "
+        f"{newest.name}); use training.resume auto to go on from it, or another training.run_dir"
+    )
+
+
+def began_from(source: Path) -> str:
+    """What tells a checkpoint from any other."""
+    return sha256_file(source / "checkpoint.json")
 
 
 def identity(run: RunConfig, data: PreparedData) -> dict[str, Any]:
@@ -104,13 +118,16 @@ def identity(run: RunConfig, data: PreparedData) -> dict[str, Any]:
     }
 
 
-def setup(run: RunConfig) -> tuple[Job, int]:
-    """Builds everything and resumes; the step to begin with."""
+def setup(run: RunConfig, data: PreparedData, loader: WindowLoader) -> Job:
+    """Builds everything and resumes."""
     folder, first = Path(run.training.run_dir), distributed.rank() == 0
-    data, loader = open_data(run)
-    step, resumed = 0, find_checkpoint(run)
+    resumed = find_checkpoint(run)
+    step, origin = 0, None
     if resumed is not None:
-        step = checkpoint.check(resumed, run.model, identity(run, data))["step"]
+        state = checkpoint.check(resumed, run.model, identity(run, data))
+        step = state["step"]
+        ours = resumed.parent.resolve() == (folder / "checkpoints").resolve()
+        origin = state["began_from"] if ours else began_from(resumed)
     device = distributed.init_distributed()
 
     from training.engine import Engine  # after the checks: DeepSpeed takes seconds to import
@@ -131,7 +148,12 @@ def setup(run: RunConfig) -> tuple[Job, int]:
         f"= {run.training.global_batch_size} sequences of {run.training.seq_len} tokens"
     )
     metrics.say(f"resumed from {resumed}" if resumed else "starting from new weights")
-    return Job(run, folder, data, loader, device, engine, metrics), step
+    if run.training.warmup_steps >= run.training.max_steps:
+        metrics.say(
+            f"warning: training.warmup_steps {run.training.warmup_steps} is not under max_steps "
+            f"{run.training.max_steps}: the learning rate only rises"
+        )
+    return Job(run, folder, data, loader, device, engine, metrics, origin, step)
 
 
 def validate(job: Job, split: str, max_tokens: int | None) -> Score:
@@ -167,6 +189,7 @@ def save(job: Job, steps_done: int) -> None:
         "step": steps_done,
         "position": steps_done * batch,
         "tokens": steps_done * batch * length,
+        "began_from": job.began_from,
     }
     written = checkpoint.save(job.engine, job.folder, job.data.tokenizer, state)
     if distributed.rank() == 0:
@@ -205,13 +228,14 @@ def report(job: Job, step: int, loss: torch.Tensor, norm: Any, watch: Stopwatch)
         "seconds_per_step": seconds,
         "mfu": flops / (peak * job.engine.world_size) if peak else None,
         "data_wait_share": watch.waited / (watch.steps * seconds),
+        "skipped_steps": job.engine.skipped_steps(),
         "peak_memory_bytes": hardware.peak_memory_bytes(job.device),
         "eta_seconds": (run.training.max_steps - step - 1) * seconds,
     }
 
 
-def train(job: Job, start: int, stop: StopSignal) -> int:
-    """Steps from `start` to max_steps; how many are done at its end, fewer after a signal."""
+def train(job: Job, stop: StopSignal) -> None:
+    """Steps from job.step to max_steps, or to a signal."""
     training, engine = job.run.training, job.engine
     watch = Stopwatch()
 
@@ -221,7 +245,7 @@ def train(job: Job, start: int, stop: StopSignal) -> int:
         watch.waited += time.perf_counter() - begun
         return tokens.to(job.device, non_blocking=True)
 
-    for step in range(start, training.max_steps):
+    for step in range(job.step, training.max_steps):
         if job.run.model.dropout:
             # Dropout is a pure function of step and rank too, so there is no RNG state to save.
             torch.manual_seed((training.seed * 1_000_003 + step) * 65_537 + distributed.rank())
@@ -234,7 +258,7 @@ def train(job: Job, start: int, stop: StopSignal) -> int:
         )
         loss, norm = engine.train_step(step, [lambda s=s: load(*s) for s in slices])
         watch.steps += 1
-        done = step + 1
+        job.step = done = step + 1
         job.metrics.advance(done)
         last = done == training.max_steps
         due = training.validate_every and (done % training.validate_every == 0 or last)
@@ -253,8 +277,7 @@ def train(job: Job, start: int, stop: StopSignal) -> int:
             save(job, done)
             watch.restart()
         if stopping:
-            return done
-    return training.max_steps
+            return
 
 
 def evaluate_final(job: Job) -> None:
@@ -284,37 +307,36 @@ def main() -> int:
         return 0
     distributed.join_environment()
     run.training.accumulation(distributed.world_size())  # refuses a batch that does not divide
+    data, loader = open_data(run)
     folder = Path(run.training.run_dir)
     with run_dir.lock(folder) if distributed.rank() == 0 else nullcontext():
-        code = run_job(run)
+        code = run_job(setup(run, data, loader))
         distributed.leave(code)
     return code
 
 
-def run_job(run: RunConfig) -> int:
+def run_job(job: Job) -> int:
     """Trains to the end or to a signal; the exit code."""
-    job, start = setup(run)
     stop = StopSignal()
     status = partial(run_dir.write_status, job.folder) if distributed.rank() == 0 else _ignore
-    status("running", start)
-    done = start
+    status("running", job.step)
     try:
-        if start == 0 and run.training.validate_every:
+        if job.step == 0 and job.run.training.validate_every:
             values = validation_values(job)
             job.metrics.scalars(0, values)
             job.metrics.say(f"before training: {values['validation_bits_per_byte']:.4f} bits/byte")
-        done = train(job, start, stop)
-        completed = done >= run.training.max_steps
+        train(job, stop)
+        completed = job.step >= job.run.training.max_steps
         if completed:
             evaluate_final(job)
     except BaseException:
-        status("failed", done)
+        status("failed", job.step)
         raise
-    status("completed" if completed else "preempted", done)
+    status("completed" if completed else "preempted", job.step)
     job.metrics.say(
         f"done: {job.folder} (metrics.jsonl, tensorboard/, checkpoints/)"
         if completed
-        else f"stopped by a signal after step {done}; start the same command again to go on"
+        else f"stopped by a signal after step {job.step}; start the same command again to go on"
     )
     job.metrics.close()
     distributed.barrier()
@@ -326,4 +348,4 @@ def _ignore(*_: Any) -> None:
 
 
 if __name__ == "__main__":
-    run_cli(main)
+    run_cli(main, distributed.leave)

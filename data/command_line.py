@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import itertools
+import json
 import sys
 import typing
 from collections.abc import Callable, Iterator, Sequence
@@ -10,11 +11,15 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
-from jsonargparse import ArgumentError, ArgumentParser, Namespace
+from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_parsing_settings
 
 from data.errors import InputError
 
 T = TypeVar("T")
+
+set_parsing_settings(
+    docstring_parse_attribute_docstrings=True
+)  # a string under a field is its help
 
 
 def parse_options(
@@ -33,12 +38,15 @@ def parse_options(
     a missing file, a key that is not there (the nearest one is named), a wrong type, or a
     ValueError that `cls` raises about its values.
     """
-    parser = ArgumentParser(prog=prog, description=description, exit_on_error=False)
+    parser = ArgumentParser(
+        prog=prog, description=description, exit_on_error=False, allow_abbrev=False
+    )
     parser.add_argument("--config", action="config", help="a YAML file with the keys below")
     if add_options is not None:
         add_options(parser)
     parser.add_class_arguments(cls)
-    argv = [_local_path(a, config_folder) for a in _split(sys.argv[1:] if argv is None else argv)]
+    argv = _config_first(_split(sys.argv[1:] if argv is None else argv))
+    argv = _spell_out([_local_path(a, config_folder) for a in argv], cls)
     for flag, value in itertools.pairwise(argv):
         if flag == "--config":
             _check_file(Path(value), cls)
@@ -58,6 +66,31 @@ def _split(argv: Sequence[str]) -> list[str]:
     for arg in argv:
         parts.extend(arg.split("=", 1) if arg.startswith("--config=") else [arg])
     return parts
+
+
+def _config_first(argv: list[str]) -> list[str]:
+    """The same options with --config in front: whatever their order, options overrule the file."""
+    files = [i for i, arg in enumerate(argv) if arg == "--config"]
+    taken = {j for i in files for j in (i, i + 1)}
+    front = [arg for i in files for arg in argv[i : i + 2]]
+    return front + [arg for i, arg in enumerate(argv) if i not in taken]
+
+
+def _spell_out(argv: list[str], cls: type) -> list[str]:
+    """`--input a b` as `--input '["a", "b"]'` for lists, and `--flag` as `--flag true`."""
+    kinds = {f"--{f.name}": f.type for f in _fields(cls)}
+    parts: list[str] = []
+    for flag, is_flag in [(a, a.startswith("--")) for a in argv]:
+        owner = parts[-2] if len(parts) > 1 else ""
+        if is_flag and parts and kinds.get(parts[-1]) is bool:
+            parts.append("true")
+        if not is_flag and parts and kinds.get(parts[-1]) == list[str] and flag[:1] != "[":
+            flag = json.dumps([flag])
+        elif not is_flag and kinds.get(owner) == list[str]:
+            parts[-1] = json.dumps([*json.loads(parts[-1]), flag])
+            continue
+        parts.append(flag)
+    return [*parts, "true"] if parts and kinds.get(parts[-1]) is bool else parts
 
 
 def _local_path(arg: str, folder: Path | None) -> str:

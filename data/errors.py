@@ -34,16 +34,22 @@ class InputError(ValueError):
     """
 
 
-def run_cli(main: Callable[[], int | None]) -> NoReturn:
-    """Run `main` and exit the process with its exit code, or with the code of the error it raised.
+def run_cli(
+    main: Callable[[], int | None], leave: Callable[[int], NoReturn] = sys.exit
+) -> NoReturn:
+    """Run `main` and end the process with its exit code, or with the code of the error it raised.
 
     Errors of the user are one line on stderr. On a node with several ranks only the one with
-    LOCAL_RANK 0 prints it.
+    LOCAL_RANK 0 prints it. `leave` ends the process.
     """
     try:
         code = main() or 0
+        sys.stdout.flush()
     except KeyboardInterrupt:
         code = INTERRUPTED
+    except BrokenPipeError:  # the reader of our output has enough, as in `... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 0
     except (InputError, OSError) as error:
         message = _user_message(error)
         if message is None:
@@ -53,7 +59,7 @@ def run_cli(main: Callable[[], int | None]) -> NoReturn:
         code = USER_ERROR
     sys.stdout.flush()
     sys.stderr.flush()
-    sys.exit(code)
+    leave(code)
 
 
 def _user_message(error: InputError | OSError) -> str | None:

@@ -184,7 +184,6 @@ def _is_finished(folder: Path, identity: dict[str, Any]) -> bool:
             _refuse_difference(folder, progress["identity"], identity)
         elif progress["identity"] != identity:  # stopped before any token: nothing worth keeping
             _remove_prepared(folder)
-        return False
     return False
 
 

@@ -124,7 +124,8 @@ def parse_config(argv: Sequence[str]) -> PrepareConfig:
     return config
 
 
-def _parser():  # type: ignore[no-untyped-def]  # jsonargparse is slow to import: only commands do
+def _parser() -> Any:
+    # Slow to import, and the tokenising processes import this module too.
     from jsonargparse import ActionYesNo, ArgumentParser
 
     parser = ArgumentParser(

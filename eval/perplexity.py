@@ -256,8 +256,9 @@ def main() -> int:
             )
         if config.output:
             Path(config.output).write_text(json.dumps(result, indent=2) + "\n")
-    distributed.leave(0)
+    distributed.barrier()
+    return 0
 
 
 if __name__ == "__main__":
-    run_cli(main)
+    run_cli(main, distributed.leave)

@@ -66,11 +66,11 @@ class ModelConfig:
         intermediate_size: Width of the feed-forward network.
         num_layers: Number of blocks.
         num_heads: Number of query heads.
-        num_kv_heads: Number of key and value heads (grouped-query attention); null: as many as
-        num_heads. head_dim: Width of a head; null: hidden_size / num_heads. max_seq_len: Longest
-        sequence, in tokens; with learned positions the size of their table. r: Rank of the
-        attention projections (an integer: q, k, v and o alike), or {q, k, v, o, ffn},
-            each an integer or null (dense); null: the vanilla Transformer.
+        num_kv_heads: Number of key and value heads (grouped-query attention); null: num_heads.
+        head_dim: Width of a head; null: hidden_size / num_heads.
+        max_seq_len: Longest sequence in tokens; with learned positions the size of their table.
+        r: Rank of the attention projections (an integer: q, k, v and o alike), or
+            {q, k, v, o, ffn}, each an integer or null (dense); null: the vanilla Transformer.
         rope_theta: Base of the rotary angles (family llama).
         norm_eps: Epsilon of RMSNorm or LayerNorm.
         dropout: Dropout before each residual addition; null: 0 for llama, 0.1 for paper-1.

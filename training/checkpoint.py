@@ -214,10 +214,17 @@ def check(folder: Path, model: ModelConfig, expected: dict[str, Any]) -> dict[st
 
 
 def load(engine: Engine, folder: Path) -> None:
-    """Loads weights and optimizer from a folder that passed `check`; every rank calls it."""
+    """Loads weights and optimizer from a folder that passed `check`; every rank calls it.
+
+    The optimizer's settings stay those of the configuration, not of the checkpoint.
+    """
+    groups = engine.optimizer.param_groups
+    settings = [{k: v for k, v in group.items() if k != "params"} for group in groups]
     loaded, _ = engine.deepspeed.load_checkpoint(str(folder), tag=TAG)
     if loaded is None:
         raise InputError(f"{folder}: DeepSpeed found nothing to load in {TAG}/")
+    for group, setting in zip(engine.optimizer.param_groups, settings, strict=True):
+        group.update(setting)
 
 
 def _refuse_foreign_pickles(folder: Path) -> None:

@@ -49,16 +49,17 @@ class TrainingConfig:
             max_steps), "wsd" (constant, then linear over decay_steps) or "constant".
         warmup_steps: Steps of linear warm-up from 0.
         decay_steps: Last steps of "wsd" over which the rate decays.
-        weight_decay: AdamW's decoupled decay of matrices and embeddings; norms and biases have
-        none. beta1: AdamW's decay of the first moment. beta2: AdamW's decay of the second moment.
-        eps: AdamW's denominator offset. gradient_clipping: Largest global norm of the gradient; 0:
-        no clipping. precision: "fp32" or "bf16" (bf16 compute, fp32 master weights and
-        accumulation). log_every: Steps between two lines of metrics.jsonl. validate_every: Steps
-        between two validations; 0: none. validation_tokens: Tokens of the validation split to use,
-        from its start; null: all. eval_micro_batch_size: Sequences in one forward pass of a
-        validation; null: micro_batch_size. checkpoint_every: Steps between two checkpoints; one is
-        always written at the end. 0: only
-            that one.
+        weight_decay: AdamW's decoupled decay of matrices and embeddings; norms and biases have 0.
+        beta1: AdamW's decay of the first moment.
+        beta2: AdamW's decay of the second moment.
+        eps: AdamW's denominator offset.
+        gradient_clipping: Largest global norm of the gradient; 0: no clipping.
+        precision: "fp32" or "bf16" (bf16 compute, fp32 master weights and accumulation).
+        log_every: Steps between two lines of metrics.jsonl.
+        validate_every: Steps between two validations; 0: none.
+        validation_tokens: Tokens of the validation split to use, from its start; null: all.
+        eval_micro_batch_size: Sequences in a forward pass of a validation; null: as in training.
+        checkpoint_every: Steps between two checkpoints; 0: none but the one at the end.
         keep_checkpoints: How many of the newest checkpoints to keep; null: all.
         resume: "auto" (the newest whole checkpoint of run_dir, if there is one), "never" (refuse a
             run_dir that has one) or the path of a checkpoint.
@@ -102,10 +103,6 @@ class TrainingConfig:
             self._require(name, lambda v: v > 0, "greater than 0")
         for name in ("beta1", "beta2"):
             self._require(name, lambda v: 0 <= v < 1, "at least 0 and under 1")
-        for name in ("warmup_steps", "decay_steps"):
-            self._require(
-                name, lambda v: v <= self.max_steps, f"at most max_steps {self.max_steps}"
-            )
         self._require(
             "min_learning_rate",
             lambda v: v <= self.learning_rate,

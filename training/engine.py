@@ -39,6 +39,7 @@ def deepspeed_config(run: RunConfig, world_size: int) -> dict[str, Any]:
         "bf16": {"enabled": bf16 and ds.zero_stage > 0, "check_grad_overflow": True},
         "torch_autocast": {"enabled": bf16 and ds.zero_stage == 0, "dtype": "bfloat16"},
         "data_types": {"grad_accum_dtype": "fp32"},
+        "zero_force_ds_cpu_optimizer": False,  # offloaded states are torch's AdamW's too
         "steps_per_print": 2**62,
         "wall_clock_breakdown": False,
     }
@@ -66,6 +67,7 @@ class Engine:
                 model=model, optimizer=build_optimizer(model, run.training), config=config
             )
         self.model: Transformer = self.deepspeed.module
+        self.skipped_on_device = torch.zeros((), device=device)
 
     @staticmethod
     def gather(parameter: Tensor) -> Any:
@@ -99,11 +101,25 @@ class Engine:
                 # Stage 0 clips but does not keep the norm; gradients are averaged by now.
                 grads = [p.grad for p in self.model.parameters() if p.grad is not None]
                 norm = torch.nn.utils.get_total_norm(grads)
+                self._skip_unless_finite(norm)
             self.deepspeed.step()
             total += loss.detach()
         if norm is None:
             norm = self.deepspeed.get_global_grad_norm()
         return total / len(micro_batches), norm
+
+    def _skip_unless_finite(self, norm: Tensor) -> None:
+        """At stage 0 makes AdamW leave out this step where the norm is not finite; ZeRO does so
+        itself. Decided on the device: torch's fused AdamW reads `found_inf` from its attributes.
+        """
+        found_inf = (~torch.isfinite(norm)).float()
+        base = getattr(self.optimizer, "optimizer", self.optimizer)
+        base.grad_scale, base.found_inf = None, found_inf
+        self.skipped_on_device += found_inf
+
+    def skipped_steps(self) -> int:
+        """Steps left out so far because a gradient was not finite; waits for the device."""
+        return int(self.deepspeed.skipped_steps) + int(self.skipped_on_device.item())
 
     @torch.no_grad()
     def token_losses(self, inputs: Tensor, targets: Tensor) -> Tensor:

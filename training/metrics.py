@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -55,7 +56,8 @@ class Metrics:
         """Writes one object to metrics.jsonl and its numbers to TensorBoard."""
         if self.run_dir is None:
             return
-        self.file.write(json.dumps(values) + "\n")
+        finite = {k: v if _is_finite(v) else None for k, v in values.items()}
+        self.file.write(json.dumps(finite, allow_nan=False) + "\n")
         self.file.flush()
         for name, value in values.items():
             if isinstance(value, int | float) and name != "step":
@@ -87,6 +89,10 @@ class Metrics:
             self.file.close()
 
 
+def _is_finite(value: Any) -> bool:
+    return not isinstance(value, float) or math.isfinite(value)
+
+
 def console_line(values: dict[str, Any], max_steps: int) -> str:
     """The line a person reads: step, loss, lr, norm, speed, MFU, memory, data wait, time left."""
     mfu = f"{values['mfu']:.1%}" if values["mfu"] is not None else "n/a"
@@ -98,6 +104,8 @@ def console_line(values: dict[str, Any], max_steps: int) -> str:
         f"mem {values['peak_memory_bytes'] / 2**30:.2f} GiB | "
         f"data {values['data_wait_share']:.1%} | eta {minutes}:{seconds:02d}"
     )
+    if values["skipped_steps"]:
+        line += f" | {values['skipped_steps']} steps skipped: gradient not finite"
     if "validation_loss" in values:
         line += (
             f" | validation loss {values['validation_loss']:.4f}, "

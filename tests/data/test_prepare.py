@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from data import prepare
+from data.encode import SplitRule
 from data.shards import PreparedData
 from data.tokenizer import Tokenizer
 from tests.data.conftest import make_texts
@@ -92,17 +93,17 @@ def test_processes_do_not_change_a_byte(corpus, tmp_path, run_prepare, monkeypat
 
 def test_tokenizer_is_trained_on_train_documents_only(tmp_path, run_prepare):
     """A word that stands only in held-out documents must not become a piece."""
-    train = write_jsonl(tmp_path / "a.jsonl", make_texts(60))
-    held_out = write_jsonl(tmp_path / "b.jsonl", ["qqqqqqqq " * 500] * 20)
-    options = ["--output", tmp_path / "out", "--vocab_size", 380, "--processes", 1]
-    run_prepare("--input", train, "--valid_input", held_out, "--test_fraction", 0, *options)
+    rule = SplitRule(seed=0, valid_fraction=0.5, test_fraction=0.0)
+    marked = [f"{n} " + "qqqqqqqq " * 300 for n in range(60)]
+    held_out = [text for text in marked if rule.split(text) == "valid"]
+    path = write_jsonl(tmp_path / "a.jsonl", [*make_texts(120), *held_out])
+    options = ["--input", path, "--output", tmp_path / "out", "--vocab_size", 380]
+    options += ["--processes", 1, "--test_fraction", 0]
+    assert run_prepare(*options, "--valid_fraction", 0.5).code == 0
     tokenizer = PreparedData.open(tmp_path / "out").tokenizer
     assert len(tokenizer.encode("qqqqqqqq")) == 8
-    run_prepare(
-        *["--input", train, held_out, "--valid_fraction", 0, "--test_fraction", 0],
-        *[*options, "--overwrite"],
-    )
-    tokenizer = Tokenizer(tmp_path / "out" / "tokenizer.model")
+    assert run_prepare(*options, "--valid_fraction", 0, "--overwrite").code == 0
+    tokenizer = PreparedData.open(tmp_path / "out").tokenizer
     assert len(tokenizer.encode("qqqqqqqq")) < 8
 
 

@@ -183,6 +183,20 @@ def test_a_changed_set_of_options_is_fine_before_the_first_commit(
     assert run_prepare(*argv, "--text_key", "content").code == 0
 
 
+def test_a_tokenizer_of_other_options_is_not_kept(tmp_path, run_prepare):
+    """Stopped behind the tokenizer's training, at a bad line; then run with another vocabulary."""
+    path = write_jsonl(tmp_path / "a.jsonl", make_texts(40))
+    good = path.read_text()
+    path.write_text(good + "bad")
+    argv = ["--input", path, "--output", tmp_path / "out", "--processes", 1]
+    argv += ["--tokenizer_sample_bytes", 4000]
+    assert run_prepare(*argv, "--vocab_size", 300).code == 2
+    assert (tmp_path / "out" / "tokenizer.model").exists()
+    path.write_text(good)
+    assert run_prepare(*argv, "--vocab_size", 310).code == 0
+    assert PreparedData.open(tmp_path / "out").tokenizer.vocab_size == 310
+
+
 def test_stopped_between_manifest_and_the_end(large, tmp_path, model_file, run_prepare):
     out = tmp_path / "out"
     argv = arguments(large[:1], out, model_file)

@@ -66,6 +66,17 @@ def stop_and_go_on(documents, data, tmp_path_factory) -> None:
     assert second.splits == writer.splits
 
 
+def test_bytes_behind_the_last_commit_are_cut_off(tmp_path):
+    writer = new_writer(tmp_path)
+    write(writer, [("train", 2)] * 4)  # committed after the third
+    writer._flush()
+    file = tmp_path / "train-00000.tokens.bin.partial"
+    assert file.stat().st_size == 16
+    new_writer(tmp_path).resume(json.loads((tmp_path / "progress.json").read_text()))
+    assert file.stat().st_size == 12
+    assert file.with_name("train-00000.docs.bin.partial").stat().st_size == 3 * 24
+
+
 def test_shards_close_before_they_overflow(tmp_path):
     writer = new_writer(tmp_path)
     write(writer, [("train", n) for n in (4, 6, 1, 30, 2)])

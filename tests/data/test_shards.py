@@ -7,8 +7,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import sentencepiece
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from data import shards
 from data.errors import InputError
@@ -98,15 +96,14 @@ def test_the_folder_can_be_moved_and_read_only(copy, tmp_path):
     assert stream.read(0, 1).tolist() == [1]
 
 
-@settings(max_examples=100, deadline=None)
-@given(lengths=st.lists(st.integers(1, 9), min_size=1, max_size=8), data=st.data())
-def test_read_is_a_slice_of_the_concatenation(lengths, data):
+@pytest.mark.parametrize("lengths", [[5], [1, 5, 2], [3, 3], [2, 1, 1, 4]])
+def test_read_is_a_slice_of_the_concatenation(lengths):
     parts = [np.arange(n, dtype=np.uint16) + 10 * i for i, n in enumerate(lengths)]
     whole = np.concatenate(parts)
     stream = TokenStream(lengths, parts.__getitem__, lambda _: whole, (0, 0, 0))
-    start = data.draw(st.integers(0, len(whole)))
-    count = data.draw(st.integers(0, len(whole) - start))
-    assert stream.read(start, count).tolist() == whole[start : start + count].tolist()
+    for start in range(len(whole) + 1):
+        for count in range(len(whole) - start + 1):
+            assert stream.read(start, count).tolist() == whole[start : start + count].tolist()
 
 
 @pytest.mark.parametrize(("start", "count"), [(-1, 2), (0, 11), (10, 1), (3, -1)])

@@ -248,6 +248,15 @@ def test_too_long_document(tmp_path, monkeypatch, refused):
     )
 
 
+def test_a_too_long_document_is_noticed_while_it_is_joined(monkeypatch):
+    """A wrong expression must not collect a whole corpus in memory first."""
+    monkeypatch.setattr(sources, "MAX_DOCUMENT_BYTES", 100)
+    lines = iter([("ten chars\n", "a.txt:1")] * 1000)
+    with pytest.raises(InputError, match=r"a\.txt:1: the document is longer"):
+        list(sources._cut(lines, "^start"))
+    assert len(list(lines)) > 980
+
+
 def test_embedded_source():
     source = embedded_source()
     assert source.size is not None

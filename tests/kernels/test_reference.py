@@ -61,9 +61,7 @@ def test_rotary_table_formula(theta, head_dim):
     cos, sin = rotary_table(torch.tensor(positions), head_dim, theta)
     assert cos.dtype == sin.dtype == torch.float32
     assert cos.shape == sin.shape == (6, head_dim // 2)
-    angles = [
-        [p * theta ** (-2 * i / head_dim) for i in range(head_dim // 2)] for p in positions
-    ]
+    angles = [[p * theta ** (-2 * i / head_dim) for i in range(head_dim // 2)] for p in positions]
     for table, function in ((cos, math.cos), (sin, math.sin)):
         exact = torch.tensor([[function(a) for a in row] for row in angles], dtype=F64)
         # Rounding to float32 costs 3e-8 at most; an angle in float32 would cost 4e-3 at 131071.
@@ -130,23 +128,21 @@ def test_rotary_rounds_once(dtype):
     assert_close(result.double(), rotated(x.double(), positions), rtol=unit, atol=1e-6)
 
 
-def test_low_dim_linear_formula():
+@pytest.mark.parametrize("with_bias_a", [False, True])
+@pytest.mark.parametrize("with_bias_b", [False, True])
+def test_low_dim_linear_formula(with_bias_a, with_bias_b):
     x, a, b = randn(2, 3, 5), randn(4, 5, seed=1), randn(6, 4, seed=2)
-    bias_a, bias_b = randn(4, seed=3), randn(6, seed=4)
-    for first in (None, bias_a):
-        for second in (None, bias_b):
-            expected = torch.empty(2, 3, 6, dtype=F64)
-            for n in range(2):
-                for t in range(3):
-                    latent = [
-                        sum(a[j, i] * x[n, t, i] for i in range(5)) + (first[j] if first is not None else 0)
-                        for j in range(4)
-                    ]
-                    for o in range(6):
-                        y = sum(b[o, j] * latent[j] for j in range(4))
-                        expected[n, t, o] = y + (second[o] if second is not None else 0)
-            result = low_dim_linear(x, a, b, first, second)
-            assert_close(result, expected, rtol=1e-12, atol=1e-12)
+    bias_a = randn(4, seed=3) if with_bias_a else None
+    bias_b = randn(6, seed=4) if with_bias_b else None
+    on_latent = bias_a.tolist() if with_bias_a else [0.0] * 4
+    on_output = bias_b.tolist() if with_bias_b else [0.0] * 6
+    expected = torch.empty(2, 3, 6, dtype=F64)
+    for n in range(2):
+        for t in range(3):
+            latent = [sum(a[j, i] * x[n, t, i] for i in range(5)) + on_latent[j] for j in range(4)]
+            for o in range(6):
+                expected[n, t, o] = sum(b[o, j] * latent[j] for j in range(4)) + on_output[o]
+    assert_close(low_dim_linear(x, a, b, bias_a, bias_b), expected, rtol=1e-12, atol=1e-12)
 
 
 def test_low_dim_linear_is_linear():

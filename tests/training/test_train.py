@@ -194,3 +194,64 @@ def test_config_yaml_of_a_run_is_the_configuration_it_had(trained: Path):
     assert written["model"]["r"] == 8
     assert written["training"]["beta2"] == 0.95, "defaults are written too"
     assert written["deepspeed"]["zero_stage"] == 1
+
+
+@pytest.mark.parametrize("stage", [0, pytest.param(1, marks=pytest.mark.slow)])
+def test_step_without_a_finite_gradient_is_left_out_and_counted(stage: int, runs: Runs):
+    """A learning rate of 1e30 blows the weights up in the first step; the later ones are skipped."""
+    config = runs.config(
+        deepspeed__zero_stage=stage,
+        data__final_split=None,
+        training__learning_rate=1.0e30,
+        training__warmup_steps=0,
+        training__max_steps=3,
+    )
+    runs.train(config)
+    found = metrics(runs.folder / "run")
+    assert [m["skipped_steps"] for m in found] == [0, 1, 2]
+    assert found[-1]["loss"] is None or found[-1]["grad_norm"] is None
+    weights = checkpoint.newest(runs.folder / "run") / "model.safetensors"
+    for name, weight in safetensors.torch.load_file(weights).items():
+        assert weight.isfinite().all(), name
+
+
+def test_run_begun_from_another_ones_checkpoint(trained: Path, runs: Runs):
+    """It takes the settings of its own configuration, and goes on from its own checkpoints."""
+    source = str(trained / "checkpoints" / "step-00000003")
+    config = runs.config(training__max_steps=5, training__learning_rate=1e-3)
+    options = ["--training.resume", source, "--training.weight_decay", "0.5"]
+    runs.train(config, *options)
+    found = metrics(runs.folder / "run")
+    assert [m["step"] for m in found] == [4, 5]
+    out, _ = runs.train(config, *options, "--training.max_steps", "6")
+    assert "step-00000005" in out
+    assert metrics(runs.folder / "run")[0] == found[0]
+    group = optimizer_groups(runs.folder / "run")[0]
+    assert group["weight_decay"] == 0.5
+
+
+def optimizer_groups(run_dir: Path) -> list[dict[str, Any]]:
+    """AdamW's settings as DeepSpeed saved them (the test wrote this file itself)."""
+    import torch
+
+    shard = next((checkpoint.newest(run_dir) / "deepspeed").glob("*optim*"))
+    state = torch.load(shard, weights_only=False)["optimizer_state_dict"]
+    return state["base_optimizer_state"]["param_groups"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_offloaded_optimizer_gives_the_same_losses(stage: int, runs: Runs):
+    config = runs.config(deepspeed__zero_stage=stage, deepspeed__offload_optimizer="cpu")
+    runs.train(config)
+    expected = [m["loss"] for m in plain_training(load(config), 6)]
+    assert [m["loss"] for m in metrics(runs.folder / "run")] == pytest.approx(expected, rel=2e-6)
+
+
+def test_options_overrule_the_file_whatever_their_order(runs: Runs):
+    run = load(runs.config())
+    config = str(runs.config())
+    before, _ = parse_options(
+        RunConfig, ["--training.seed", "9", "--config", config], prog="test", description="test"
+    )
+    assert (before.training.seed, run.training.seed) == (9, 5)
