@@ -2,8 +2,8 @@
 
 import dataclasses
 import difflib
-import itertools
 import json
+import re
 import sys
 import typing
 from collections.abc import Callable, Iterator, Sequence
@@ -17,9 +17,8 @@ from data.errors import InputError
 
 T = TypeVar("T")
 
-set_parsing_settings(
-    docstring_parse_attribute_docstrings=True
-)  # a string under a field is its help
+# A string under a field is its help.
+set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
 
 def parse_options(
@@ -45,35 +44,38 @@ def parse_options(
     if add_options is not None:
         add_options(parser)
     parser.add_class_arguments(cls)
-    argv = _config_first(_split(sys.argv[1:] if argv is None else argv))
-    argv = _spell_out([_local_path(a, config_folder) for a in argv], cls)
-    for flag, value in itertools.pairwise(argv):
-        if flag == "--config":
-            _check_file(Path(value), cls)
+    files, rest = _take_configs(list(sys.argv[1:] if argv is None else argv))
+    paths = [_find_config(file, config_folder) for file in files]
+    spelled = [part for path in paths for part in _check_file(path, cls, rest)]
+    # In front, so that options overrule the file wherever it stands.
+    argv = [part for path in paths for part in ("--config", str(path))] + _spell_out(
+        spelled + rest, cls
+    )
     try:
         options = parser.parse_args(argv)
         fields = parser.instantiate(options)
         return cls(**{f.name: fields[f.name] for f in _fields(cls)}), options
     except ArgumentError as error:
-        raise InputError(_explain(str(error), cls)) from None
+        raise InputError(_explain(str(error), cls, paths, rest)) from None
     except (ValueError, TypeError) as error:
         raise InputError(" ".join(str(error).split())) from None
 
 
-def _split(argv: Sequence[str]) -> list[str]:
-    """`--config=x` as `--config x`, so that there is one form to look for."""
-    parts: list[str] = []
-    for arg in argv:
-        parts.extend(arg.split("=", 1) if arg.startswith("--config=") else [arg])
-    return parts
-
-
-def _config_first(argv: list[str]) -> list[str]:
-    """The same options with --config in front: whatever their order, options overrule the file."""
-    files = [i for i, arg in enumerate(argv) if arg == "--config"]
-    taken = {j for i in files for j in (i, i + 1)}
-    front = [arg for i in files for arg in argv[i : i + 2]]
-    return front + [arg for i, arg in enumerate(argv) if i not in taken]
+def _take_configs(argv: list[str]) -> tuple[list[str], list[str]]:
+    """The values of --config, and the other options."""
+    files: list[str] = []
+    rest: list[str] = []
+    parts = iter(argv)
+    for part in parts:
+        name, equals, value = part.partition("=")
+        if name != "--config":
+            rest.append(part)
+            continue
+        found = value if equals else next(parts, "")
+        if not found:
+            raise InputError("--config: the YAML file after it is missing")
+        files.append(found)
+    return files, rest
 
 
 def _spell_out(argv: list[str], cls: type) -> list[str]:
@@ -93,34 +95,75 @@ def _spell_out(argv: list[str], cls: type) -> list[str]:
     return [*parts, "true"] if parts and kinds.get(parts[-1]) is bool else parts
 
 
-def _local_path(arg: str, folder: Path | None) -> str:
-    """The file of that name in the configuration folder, where there is none in the working one."""
-    if folder is None or not arg.endswith((".yaml", ".yml")) or Path(arg).exists():
-        return arg
-    return str(folder / arg) if (folder / arg).exists() else arg
+def _find_config(value: str, folder: Path | None) -> Path:
+    """A path as it is, or the file of that name, with or without its ending, in the folder."""
+    candidates = [Path(value)]
+    if folder is not None:
+        candidates += [folder / value, folder / f"{value}.yaml"]
+    for path in candidates:
+        if path.is_file():
+            return path
+    there = sorted(path.stem for path in folder.glob("*.yaml")) if folder is not None else []
+    names = f"; the names in {folder.name}/ are {', '.join(there)}" if folder and there else ""
+    raise InputError(f"--config {value}: No such file{names}")
 
 
-def _check_file(path: Path, cls: type) -> None:
-    """InputError where the YAML file cannot be read or has a key that `cls` lacks."""
+class _StrictLoader(yaml.SafeLoader):
+    """YAML's safe loader, which refuses a key given twice instead of taking the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                line = key.start_mark.line + 1
+                raise InputError(f"line {line}: the key {key.value} is given twice")
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+def _check_file(path: Path, cls: type, options: list[str]) -> list[str]:
+    """InputError where the file cannot be read or has a key that `cls` lacks.
+
+    Returns options that write out a scalar of the file of which `options` set a part: with
+    `r: 4` in the file, `--model.r.q 3` would otherwise lose the 4 of the other ranks.
+    """
     try:
-        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
+        loaded = yaml.load(path.read_text(encoding="utf-8"), _StrictLoader)
     except OSError as error:
         raise InputError(f"--config {path}: {error.strerror}") from None
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(loaded, dict):
         raise InputError(f"{path}: a mapping of keys is expected, found {type(loaded).__name__}")
     _check_keys(loaded, cls, "", path, cls)
+    spelled: list[str] = []
+    for option in options:
+        parent, _, leaf = option.split("=")[0].removeprefix("--").rpartition(".")
+        value: Any = loaded
+        for part in parent.split("."):
+            value = value.get(part) if isinstance(value, dict) else None
+        if not leaf or value is None or isinstance(value, dict):
+            continue
+        nested = _dataclass_in(dict(_kinds(cls)).get(parent))
+        if nested is not None and hasattr(nested, "from_scalar"):
+            whole = dataclasses.asdict(nested.from_scalar(value))
+            spelled += [f"--{parent}", json.dumps(whole)]
+    return spelled
 
 
 def _check_keys(loaded: dict[str, Any], cls: type, prefix: str, path: Path, root: type) -> None:
-    types = {f.name: _dataclass_in(f.type) for f in _fields(cls)}
+    kinds = {f.name: f.type for f in _fields(cls)}
+    types = {name: _dataclass_in(kind) for name, kind in kinds.items()}
     for key, value in loaded.items():
         if key not in types:
             raise InputError(
                 f"{path}: unknown key {prefix}{key}; {_nearest(prefix + str(key), root)}"
             )
         nested = types[key]
+        if nested is kinds[key] and not isinstance(value, dict):
+            raise InputError(f"{path}: {prefix}{key} is {value!r}; a block of keys is expected")
         if isinstance(value, dict) and nested is not None:
             _check_keys(value, nested, f"{prefix}{key}.", path, root)
 
@@ -141,17 +184,9 @@ def _dataclass_in(annotation: Any) -> type | None:
     )
 
 
-def _keys(cls: type, prefix: str = "") -> Iterator[str]:
-    for field in _fields(cls):
-        yield prefix + field.name
-        nested = _dataclass_in(field.type)
-        if nested is not None:
-            yield from _keys(nested, f"{prefix}{field.name}.")
-
-
 def _nearest(key: str, cls: type) -> str:
     """What an unknown key may have meant: in its own block by name or initials, else elsewhere."""
-    known = list(_keys(cls))
+    known = [name for name, _ in _kinds(cls)]
     block, _, leaf = key.rpartition(".")
     siblings = [k for k in known if k.rpartition(".")[0] == block]
     leaves = {k.rpartition(".")[2]: k for k in siblings}
@@ -161,15 +196,44 @@ def _nearest(key: str, cls: type) -> str:
     match = by_name or by_initials or elsewhere or difflib.get_close_matches(key, known, 1, 0.75)
     if match:
         return f"did you mean {match[0]}?"
-    return f"allowed are {', '.join(siblings or known)}"
+    return f"allowed are {', '.join(siblings or known)} (see --help)"
 
 
-def _explain(message: str, cls: type) -> str:
-    """jsonargparse's message on one line, with the nearest key where one is unknown."""
+def _explain(message: str, cls: type, files: list[Path], options: list[str]) -> str:
+    """jsonargparse's message on one line: with the nearest key, or with what a key may be."""
     message = " ".join(message.split())
-    marker = "unrecognized arguments: "
-    if marker in message:
-        unknown = message.split(marker)[1].split()[0]
-        key = unknown.lstrip("-").split("=")[0]
-        return f"unknown option {unknown}; {_nearest(key, cls)}"
-    return message.replace('Parser key "', '"')
+    if found := re.match(r"[Uu]nrecognized arguments: (\S+)", message):
+        key = found[1].lstrip("-").split("=")[0].replace("-", "_")
+        if not found[1].startswith("-"):
+            return f"unexpected argument {found[1]!r}; options begin with --"
+        return f"unknown option {found[1]}; {_nearest(key, cls)}"
+    if found := re.match(r'Parser key "([\w.]+)".*(?:Given|Got) value: (.*)', message):
+        key, value = found[1], found[2]
+        if inner := re.search(r"Option '(\w+)' is not accepted", message):
+            return f"unknown key {key}.{inner[1]}; {_nearest(f'{key}.{inner[1]}', cls)}"
+        by_option = any(option.endswith(value) for option in options)
+        where = f"{files[-1]}: " if files and not by_option else ""
+        return f"{where}{key} is {value!r}; allowed is {_allowed(dict(_kinds(cls)).get(key))}"
+    return re.sub(r'Parser key "([\w.]+)":?', r"\1:", message)
+
+
+def _kinds(cls: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every key with its type."""
+    for field in _fields(cls):
+        yield prefix + field.name, field.type
+        nested = _dataclass_in(field.type)
+        if nested is not None:
+            yield from _kinds(nested, f"{prefix}{field.name}.")
+
+
+def _allowed(kind: Any) -> str:
+    """A type in words."""
+    words = {int: "an integer", float: "a number", bool: "true or false", str: "text"}
+    words |= {type(None): "null", list[str]: "a list of texts"}
+    if typing.get_origin(kind) is typing.Literal:
+        return " or ".join(str(value) for value in typing.get_args(kind))
+    nested = _dataclass_in(kind)
+    if nested is not None:
+        words[nested] = "{" + ", ".join(f.name for f in _fields(nested)) + "}"
+    parts = [kind] if kind in words else typing.get_args(kind)
+    return " or ".join(words.get(part, str(part)) for part in parts)

@@ -1,17 +1,12 @@
 """The options of `python -m data.prepare`: defaults, then a YAML file, then the command line."""
 
 import dataclasses
-import difflib
-import inspect
 import os
 import re
-import typing
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-
-import yaml
 
 from data.errors import InputError
 
@@ -108,141 +103,18 @@ class PrepareConfig:
 
 def parse_config(argv: Sequence[str]) -> PrepareConfig:
     """Options from the command line and its --config file, checked; InputError if wrong."""
-    from jsonargparse import ArgumentError
-
-    parser = _parser()
-    config_file, rest = _take_config(list(argv))
-    try:
-        if config_file is not None:
-            parser.set_defaults(_read_yaml(config_file))
-        options = vars(parser.parse_args(rest))
-    except ArgumentError as error:
-        raise InputError(_explain(str(error))) from None
-    options.pop("config", None)
-    config = PrepareConfig(**options)
-    _resolve(config)
-    return config
-
-
-def _parser() -> Any:
     # Slow to import, and the tokenising processes import this module too.
-    from jsonargparse import ActionYesNo, ArgumentParser
+    from data.command_line import parse_options
 
-    parser = ArgumentParser(
+    config, _ = parse_options(
+        PrepareConfig,
+        argv,
         prog="python -m data.prepare",
         description="Turn text into a folder of token shards that training and evaluation read.",
-        exit_on_error=False,
-        allow_abbrev=False,
+        config_folder=CONFIG_FOLDER,
     )
-    parser.add_argument(
-        "--config",
-        type=str | None,
-        help="YAML file of the options below, or a name in configs/data",
-    )
-    hints, docs = typing.get_type_hints(PrepareConfig), _field_docs(PrepareConfig)
-    for option in dataclasses.fields(PrepareConfig):
-        kind: Any = hints[option.name]
-        how: dict[str, Any] = {"type": kind, "default": option.default}
-        if kind is bool:
-            how = {"action": ActionYesNo, "nargs": "?", "default": option.default}
-        elif kind == list[str]:
-            how = {"type": str, "nargs": "+", "default": []}
-        parser.add_argument(f"--{option.name}", help=docs[option.name], **how)
-    return parser
-
-
-def _field_docs(cls: type) -> dict[str, str]:
-    """The string under each field. Python drops it at run time, so it is read from the source."""
-    found = re.findall(r'^    (\w+): [^\n]*\n    """(.*?)"""', inspect.getsource(cls), re.M | re.S)
-    return {name: " ".join(text.split()) for name, text in found}
-
-
-def _take_config(argv: list[str]) -> tuple[Path | None, list[str]]:
-    """Take --config out: wherever it stands, the file's values lie below the command line's."""
-    for index, argument in enumerate(argv):
-        name, equals, value = argument.partition("=")
-        if name != "--config":
-            continue
-        rest = argv[:index] + argv[index + 1 :]
-        if not equals:
-            if index + 1 == len(argv):
-                raise InputError("option --config: a YAML file is missing after it")
-            value = rest.pop(index)
-        return _find_config(value), rest
-    return None, argv
-
-
-def _find_config(value: str) -> Path:
-    candidates = [Path(value), CONFIG_FOLDER / value, CONFIG_FOLDER / f"{value}.yaml"]
-    for path in candidates:
-        if path.is_file():
-            return path
-    there = ", ".join(sorted(path.stem for path in CONFIG_FOLDER.glob("*.yaml")))
-    raise InputError(f"config {value}: no such file; the names in {CONFIG_FOLDER} are: {there}")
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        values = yaml.safe_load(path.read_bytes())
-    except yaml.YAMLError as error:
-        raise InputError(f"config {path}: is not valid YAML ({error})") from error
-    if not isinstance(values, dict):
-        raise InputError(f"config {path}: is not a mapping; allowed is `option: value` lines")
-    types = typing.get_type_hints(PrepareConfig)
-    for key, value in values.items():
-        if key not in types:
-            raise InputError(f"config {path}: unknown option '{key}'; {_nearest(str(key))}")
-        if types[key] == list[str] and isinstance(value, str):
-            values[key] = [value]
-        elif not _fits(value, types[key]):
-            raise InputError(f"config {path}: {key} is {value!r}; allowed is {_allowed(key)}")
-    return values
-
-
-def _fits(value: Any, kind: Any) -> bool:
-    """Whether a YAML value has the type of an option. true is no integer, but 1 is a number."""
-    if kind == list[str]:
-        return isinstance(value, list) and all(isinstance(item, str) for item in value)
-    if isinstance(value, bool) or kind is bool:
-        return isinstance(value, bool) and kind is bool
-    allowed = typing.get_args(kind) or (kind,)
-    return isinstance(value, (*allowed, int) if float in allowed else allowed)
-
-
-def _nearest(name: str) -> str:
-    names = [option.name for option in dataclasses.fields(PrepareConfig)]
-    close = difflib.get_close_matches(name.replace("-", "_"), names, n=1, cutoff=0)
-    return f"the nearest is '{close[0]}' (--help lists all)"
-
-
-def _explain(message: str) -> str:
-    """One line for what jsonargparse says in several."""
-    if found := re.match(r"unrecognized arguments: (?:--(?P<option>[\w-]+))?(?P<rest>.*)", message):
-        if found["option"]:
-            return (
-                f"command line: unknown option '--{found['option']}'; {_nearest(found['option'])}"
-            )
-        return f"command line: unexpected argument '{found['rest'].strip()}'; options begin with --"
-    if found := re.search(r'Parser key "(\w+)".*?(?:Given|Got) value: ([^\n]*)', message, re.S):
-        name, value = found[1], found[2]
-        return f"command line: {name} is '{value}'; allowed is {_allowed(name)}"
-    if (found := re.search(r'Parser key "(\w+)":(.*)', message, re.S)) and found[1] != "config":
-        problem = " ".join(found[2].split())
-        return f"command line: {found[1]}: {problem}; allowed is {_allowed(found[1])}"
-    return f"command line: {' '.join(message.split())}"
-
-
-def _allowed(name: str) -> str:
-    kind = typing.get_type_hints(PrepareConfig)[name]
-    return {
-        int: "an integer",
-        bool: "true or false",
-        str: "text",
-        list[str]: "a list of paths",
-    }.get(kind) or " or ".join(
-        {int: "an integer", float: "a number", str: "text"}.get(part, "null")
-        for part in typing.get_args(kind)
-    )
+    _resolve(config)
+    return config
 
 
 def _resolve(config: PrepareConfig) -> None:
@@ -268,6 +140,8 @@ def _resolve(config: PrepareConfig) -> None:
 
 
 def _check_choices(config: PrepareConfig) -> None:
+    if not config.text_key:
+        raise InputError("text_key is empty; allowed is the name of a field or column")
     if not config.output:
         raise InputError("output is not set; give the folder to write with --output DIR")
     if not (config.input or config.dataset or config.embedded):

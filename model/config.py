@@ -4,6 +4,8 @@ counts.
 
 import dataclasses
 import json
+import math
+import typing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -35,6 +37,28 @@ class Shape(NamedTuple):
         return self.matmul_parameters() + (self.rank if latent and self.rank else self.d_out)
 
 
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _check_type(name: str, value: Any, hint: Any) -> None:
+    """ValueError where a value has not the type that is written beside its field."""
+    choices = typing.get_args(hint) if typing.get_origin(hint) is typing.Literal else None
+    if choices is not None:
+        if value not in choices:
+            raise ValueError(f"{name}: {value!r}; allowed are {', '.join(map(repr, choices))}")
+        return
+    kinds = typing.get_args(hint) or (hint,)
+    fits = isinstance(value, kinds)  # None is of NoneType, which is among the kinds of X | None
+    if isinstance(value, bool):  # Python counts it among the integers
+        fits = bool in kinds
+    elif float in kinds and isinstance(value, int):
+        fits = True
+    if not fits:
+        allowed = " or ".join(getattr(kind, "__name__", str(kind)) for kind in kinds)
+        raise ValueError(f"{name}: {value!r}; allowed is {allowed}")
+
+
 @dataclass(frozen=True)
 class Ranks:
     """The rank of each kind of projection; null (None) means a dense weight.
@@ -52,6 +76,11 @@ class Ranks:
     v: int | None = None
     o: int | None = None
     ffn: int | None = None
+
+    @classmethod
+    def from_scalar(cls, rank: int) -> "Ranks":
+        """What a single number means: that rank for q, k, v and o, a dense FFN."""
+        return cls(q=rank, k=rank, v=rank, o=rank)
 
 
 @dataclass
@@ -100,7 +129,7 @@ class ModelConfig:
     init_std: float = 0.02
 
     def __post_init__(self) -> None:
-        self._check_positive()
+        self._check_values()
         paper = self.family == "paper-1"
         if self.head_dim is None:
             if self.hidden_size % self.num_heads:
@@ -117,13 +146,17 @@ class ModelConfig:
             self.lm_head_bias = paper
         self._check_shapes()
 
-    def _check_positive(self) -> None:
+    def _check_values(self) -> None:
+        """Types and ranges: a model.json does not pass the command line, which checks a YAML."""
+        hints = typing.get_type_hints(type(self))
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            numeric = isinstance(value, int | float) and not isinstance(value, bool)
-            if numeric and value <= 0 and not (field.name == "dropout" and value == 0):
+            _check_type(f"model.{field.name}", value, hints[field.name])
+            zero_allowed = field.name == "dropout"
+            if _is_number(value) and not (0 < value < math.inf or (zero_allowed and value == 0)):
                 raise ValueError(f"model.{field.name}: {value}; it must be greater than 0")
         for name, rank in dataclasses.asdict(self.ranks).items():
+            _check_type(f"model.r.{name}", rank, int | None)
             if rank is not None and rank <= 0:
                 raise ValueError(f"model.r.{name}: {rank}; a rank is at least 1, or null for dense")
 
@@ -154,7 +187,7 @@ class ModelConfig:
         """`r` written out, one rank a kind of projection."""
         if isinstance(self.r, Ranks):
             return self.r
-        return Ranks(q=self.r, k=self.r, v=self.r, o=self.r)
+        return Ranks() if self.r is None else Ranks.from_scalar(self.r)
 
     def attention_projections(self) -> dict[str, Shape]:
         """The projections of the attention of one block, by name."""

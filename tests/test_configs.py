@@ -1,6 +1,7 @@
 """Every YAML in configs/ is a run that parses and builds, and --dry-run counts what is there."""
 
 import dataclasses
+import functools
 import json
 import subprocess
 import sys
@@ -30,6 +31,7 @@ every_config = pytest.mark.parametrize("name", NAMES)
 TWINS = ("tiny", "130m", "370m", "3b")
 
 
+@functools.cache
 def load(name: str | Path, *options: str) -> RunConfig:
     return parse_options(
         RunConfig,
@@ -41,7 +43,9 @@ def load(name: str | Path, *options: str) -> RunConfig:
 
 
 def test_the_contract_names_are_there():
-    assert set(NAMES) >= {f"{kind}_{size}.yaml" for kind in ("lpa", "transformer") for size in TWINS}
+    assert set(NAMES) >= {
+        f"{kind}_{size}.yaml" for kind in ("lpa", "transformer") for size in TWINS
+    }
     assert set(NAMES) >= {f"paper/setting1_370m_{kind}.yaml" for kind in ("transformer", "lpa")}
     assert set(NAMES) >= {
         f"paper/setting2_130m_{kind}.yaml" for kind in ("transformer", "lpa", "low_ffn", "low_all")
@@ -201,15 +205,6 @@ def test_the_command_line_prints_what_it_writes(tmp_path):
         assert label == (f"{stage}*" if stage == "2" else stage)
         by_ranks = result["memory_bytes_per_rank"][stage]
         assert values == [f"{by_ranks[ranks] / 2**30:.2f}" for ranks in ("1", "8", "64")]
-
-
-def test_a_wrong_key_ends_the_command_line_with_one_line():
-    command = [sys.executable, "train.py", "--config", "lpa_tiny.yaml", "--model.hiden_size", "3"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 2
-    assert done.stdout == ""
-    assert done.stderr.count("\n") == 1
-    assert "model.hidden_size" in done.stderr
 
 
 # --- memory --------------------------------------------------------------------------------------

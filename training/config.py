@@ -4,6 +4,7 @@ Precedence: the defaults below, then the YAML of --config, then options such as 
 """
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -111,7 +112,7 @@ class TrainingConfig:
 
     def _require(self, name: str, test: Any, allowed: str) -> None:
         value = getattr(self, name)
-        if value is not None and not test(value):
+        if value is not None and not (test(value) and math.isfinite(value)):
             raise ValueError(f"training.{name}: {value}; it must be {allowed}")
 
     def accumulation(self, world_size: int) -> int:

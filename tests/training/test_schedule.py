@@ -1,5 +1,6 @@
 """The learning rate against torch's and transformers' schedulers and by its properties."""
 
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -131,7 +132,7 @@ def test_no_step_jumps(changes):
     ours, low = rates(run), run.min_learning_rate
     decay = changes.get("decay_steps", 180)
     limit = max(PEAK / 20, math.pi / 2 * (PEAK - low) / decay)
-    assert max(abs(b - a) for a, b in zip(ours, ours[1:], strict=False)) <= limit * (1 + 1e-9)
+    assert max(abs(b - a) for a, b in itertools.pairwise(ours)) <= limit * (1 + 1e-9)
 
 
 @shapes
@@ -157,3 +158,10 @@ def test_it_depends_on_the_step_alone(changes):
     run = config(**changes)
     forward = rates(run)
     assert [learning_rate(run, s) for s in reversed(range(STEPS))] == forward[::-1]
+
+
+@shapes
+def test_a_run_shorter_than_its_warm_up_only_warms_up(changes):
+    """As when max_steps is cut for a trial."""
+    run = config(warmup_steps=20, max_steps=5, **changes)
+    assert rates(run) == pytest.approx([PEAK * (step + 1) / 20 for step in range(5)], rel=1e-12)
