@@ -16,7 +16,7 @@ import torch
 from jsonargparse import ArgumentParser, Namespace
 
 from data.command_line import parse_options
-from data.errors import InputError, run_cli
+from data.errors import InputError, require_folder_of, run_cli
 from data.loader import WindowLoader, rank_slice
 from data.shards import PreparedData, sha256_file
 from eval.perplexity import Score, score
@@ -74,6 +74,8 @@ def open_data(run: RunConfig) -> tuple[PreparedData, WindowLoader]:
             f"model.vocab_size is {run.model.vocab_size}; it must be at least "
             f"{data.tokenizer.vocab_size}"
         )
+    if run.training.validate_every:
+        data.split("valid")
     return data, WindowLoader(data.split("train"), run.training.seq_len, run.training.seed)
 
 
@@ -114,7 +116,7 @@ def identity(run: RunConfig, data: PreparedData) -> dict[str, Any]:
         "seq_len": run.training.seq_len,
         "seed": run.training.seed,
         "tokenizer_sha256": data.tokenizer.sha256,
-        "data_sha256": sha256_file(data.path / "manifest.json"),
+        "data_sha256": data.split_sha256("train"),
     }
 
 
@@ -199,16 +201,12 @@ def save(job: Job, steps_done: int) -> None:
 
 
 class Stopwatch:
-    """Time since the last report, and the part of it spent waiting for data."""
+    """Time since it was made, and the part of it spent waiting for data."""
 
     def __init__(self) -> None:
         self.started = time.perf_counter()
         self.waited = 0.0
         self.steps = 0
-
-    def restart(self) -> None:
-        """Begins a new interval."""
-        self.__init__()  # type: ignore[misc]
 
 
 def report(job: Job, step: int, loss: torch.Tensor, norm: Any, watch: Stopwatch) -> dict[str, Any]:
@@ -248,7 +246,8 @@ def train(job: Job, stop: StopSignal) -> None:
     for step in range(job.step, training.max_steps):
         if job.run.model.dropout:
             # Dropout is a pure function of step and rank too, so there is no RNG state to save.
-            torch.manual_seed((training.seed * 1_000_003 + step) * 65_537 + distributed.rank())
+            mixed = (training.seed * 1_000_003 + step) * 65_537 + distributed.rank()
+            torch.manual_seed(mixed % 2**63)
         slices = rank_slice(
             step,
             training.global_batch_size,
@@ -267,7 +266,7 @@ def train(job: Job, stop: StopSignal) -> None:
             if due:
                 values |= validation_values(job)
             job.metrics.record(values)
-            watch.restart()
+            watch = Stopwatch()
         stopping = not last and stop.on_any_rank()
         if (
             last
@@ -275,7 +274,7 @@ def train(job: Job, stop: StopSignal) -> None:
             or (training.checkpoint_every and done % training.checkpoint_every == 0)
         ):
             save(job, done)
-            watch.restart()
+            watch = Stopwatch()
         if stopping:
             return
 
@@ -299,6 +298,7 @@ def main() -> int:
     """The main job."""
     run, options = parse()
     if options.dry_run:
+        require_folder_of(options.output)
         result = dry_run(run)
         if distributed.rank() == 0:
             print(describe(run, result))

@@ -8,6 +8,7 @@ import errno
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import NoReturn
 
 USER_ERROR = 2
@@ -32,6 +33,12 @@ class InputError(ValueError):
 
     The message is one line: what is wrong, where (file, key or option) and what is allowed.
     """
+
+
+def require_folder_of(output: str | None) -> None:
+    """InputError, before any work is done, where a result could not be written to this file."""
+    if output is not None and not Path(output).absolute().parent.is_dir():
+        raise InputError(f"--output {output}: the folder {Path(output).parent} does not exist")
 
 
 def run_cli(

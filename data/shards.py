@@ -160,6 +160,11 @@ class PreparedData:
             (entry["documents"], entry["bytes"], entry["words"]),
         )
 
+    def split_sha256(self, name: str) -> str:
+        """Tells the tokens of a split from any others: the sha256 of its shards' sha256 sums."""
+        shards = self.manifest["splits"][name]["shards"]
+        return hashlib.sha256("".join(s["tokens_sha256"] for s in shards).encode()).hexdigest()
+
 
 def _map_tokens(folder: Path, shards: list[dict], dtype: np.dtype, index: int) -> np.ndarray:
     return np.memmap(folder / shards[index]["tokens_file"], dtype=dtype, mode="r")

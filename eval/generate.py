@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from data.command_line import parse_options
-from data.errors import InputError, run_cli
+from data.errors import InputError, require_folder_of, run_cli
 from data.tokenizer import Tokenizer
 from model import Transformer
 from model.attention import KVCache
@@ -123,6 +123,7 @@ def main() -> int:
     config, _ = parse_options(
         GenerateConfig, prog="python -m eval.generate", description="Samples from a checkpoint."
     )
+    require_folder_of(config.output)
     folder = checkpoint.resolve(Path(config.checkpoint))
     tokenizer = checkpoint.load_tokenizer(folder)
     dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32

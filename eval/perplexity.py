@@ -22,7 +22,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data.command_line import parse_options
-from data.errors import InputError, run_cli
+from data.errors import InputError, require_folder_of, run_cli
 from data.shards import MANIFEST, PreparedData, TokenStream
 from data.sources import Reading, file_sources
 from data.tokenizer import Tokenizer
@@ -214,6 +214,7 @@ def main() -> int:
         description="Perplexity and bits per byte of a checkpoint.",
         add_options=_accept_local_rank,
     )
+    require_folder_of(config.output)
     folder = checkpoint.resolve(Path(config.checkpoint))
     state = checkpoint.read_state(folder)
     tokenizer = checkpoint.load_tokenizer(folder)

@@ -32,7 +32,7 @@ def refusal(*argv: object) -> str:
 
 @pytest.fixture
 def written(tmp_path: Path) -> Callable[..., Path]:
-    """A small run's YAML with dotted changes: a value, or None... to leave the key out."""
+    """A small run's YAML with dotted changes: a value, or ABSENT to leave the key out."""
 
     def write(changes: dict[str, Any] | None = None, text: str | bytes | None = None) -> Path:
         path = tmp_path / "run.yaml"
@@ -271,6 +271,7 @@ def test_config_needs_a_value():
         ("# only a comment\n", "mapping"),
         ("modèle: 1\n".encode("latin-1"), "not valid YAML"),
         (b"\xff\xfe\x00", "not valid YAML"),
+        ("? [1]\n: 2\n", "not valid YAML"),
         ("model: !!python/object/apply:os.getcwd []\n", "not valid YAML"),
     ],
 )

@@ -60,8 +60,11 @@ def save(engine: Engine, run_dir: Path, tokenizer: Tokenizer, state: dict[str, A
             for script in ("zero_to_fp32.py", "zero_to_torch.py"):  # model.safetensors has it all
                 (aside / script).unlink(missing_ok=True)
             _write_own_files(aside, engine, tokenizer, weights, state)
-            shutil.rmtree(folder, ignore_errors=True)
+            replaced = folder.with_name(folder.name + ".replaced")
+            if folder.exists():  # saved once more: the old one goes when the new one is there
+                folder.rename(replaced)
             aside.rename(folder)
+            shutil.rmtree(replaced, ignore_errors=True)
         distributed.barrier()
     except (OSError, RuntimeError, SafetensorError) as error:
         if first:

@@ -350,8 +350,8 @@ def write_json(folder: Path, **changes: Any) -> Path:
     ("changes", "says"),
     [
         ({"hidden_dim": 3}, "hidden_dim"),
-        ({"hidden_size": "absent"}, "hidden_size"),
-        ({"vocab_size": "absent"}, "vocab_size"),
+        ({"hidden_size": "absent"}, "'hidden_size' is missing"),
+        ({"vocab_size": "absent"}, "'vocab_size' is missing"),
         ({"r": {"q": 3, "fn": 4}}, "fn"),
         ({"r": {"q": 99}}, "model.r"),
         ({"num_layers": 0}, "model.num_layers"),

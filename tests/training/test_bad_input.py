@@ -24,6 +24,12 @@ def refused(monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
 
+    def not_refused() -> None:
+        raise AssertionError("the command line was not refused")
+
+    # A run that is not refused would end this process, and every later test with it.
+    monkeypatch.setattr(train.distributed, "init_distributed", not_refused)
+
     def run(*arguments: Any) -> str:
         monkeypatch.setattr("sys.argv", ["train.py", *map(str, arguments)])
         with pytest.raises(InputError) as caught:
@@ -46,7 +52,7 @@ def refused(monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
         ({"training__learning_rate": "fast"}, ["training.learning_rate", "fast"]),
         ({"training__precision": "fp8"}, ["training.precision", "fp8", "bf16"]),
         ({"training__max_steps": 0}, ["training.max_steps", "at least 1"]),
-        ({"training__warmup_steps": 7}, ["training.warmup_steps", "7", "max_steps 6"]),
+        ({"training__warmup_steps": -1}, ["training.warmup_steps", "-1", "at least 0"]),
         ({"training__global_batch_size": 7}, ["training.global_batch_size", "7", "multiples of 2"]),
         ({"deepspeed__zero_stage": 4}, ["deepspeed.zero_stage", "4"]),
         ({"model__vocab_size": 399}, ["model.vocab_size", "399", "400"]),
@@ -77,6 +83,24 @@ def test_altered_shard_is_named_with_its_checksum(runs: Runs, prepared: Path, re
     message = refused("--config", runs.config(data__path=str(copy)))
     assert "train-00000.tokens.bin" in message
     assert "sha256" in message
+
+
+def test_validation_without_a_valid_split_is_refused_at_once(
+    runs: Runs, prepared: Path, refused: Callable
+):
+    copy = runs.folder / "data"
+    shutil.copytree(prepared, copy)
+    manifest = json.loads((copy / "manifest.json").read_text())
+    del manifest["splits"]["valid"]
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+    config = runs.config(data__path=str(copy), training__validate_every=2)
+    assert "has no split 'valid'" in refused("--config", config)
+    assert not (runs.folder / "run").exists()
+
+
+def test_output_folder_that_is_not_there_is_refused_before_the_work(runs: Runs, refused: Callable):
+    message = refused("--config", runs.config(), "--dry-run", "--output", "no/such/out.json")
+    assert "no/such" in message
 
 
 def test_never_refuses_a_folder_that_holds_a_run(trained: Path, refused: Callable):

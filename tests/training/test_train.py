@@ -198,7 +198,7 @@ def test_config_yaml_of_a_run_is_the_configuration_it_had(trained: Path):
 
 @pytest.mark.parametrize("stage", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_step_without_a_finite_gradient_is_left_out_and_counted(stage: int, runs: Runs):
-    """A learning rate of 1e30 blows the weights up in the first step; the later ones are skipped."""
+    """A learning rate of 1e30 blows up the weights in the first step; later ones are skipped."""
     config = runs.config(
         deepspeed__zero_stage=stage,
         data__final_split=None,
@@ -215,6 +215,7 @@ def test_step_without_a_finite_gradient_is_left_out_and_counted(stage: int, runs
         assert weight.isfinite().all(), name
 
 
+@pytest.mark.slow
 def test_run_begun_from_another_ones_checkpoint(trained: Path, runs: Runs):
     """It takes the settings of its own configuration, and goes on from its own checkpoints."""
     source = str(trained / "checkpoints" / "step-00000003")
