@@ -23,6 +23,11 @@ def init_distributed() -> torch.device:
     join_environment()
     cuda = torch.cuda.is_available()
     if cuda:
+        if local_rank() >= torch.cuda.device_count():
+            raise InputError(
+                f"rank {rank()} wants GPU {local_rank()} of this machine, which has "
+                f"{torch.cuda.device_count()}; start at most one rank a GPU"
+            )
         torch.cuda.set_device(local_rank())
     else:
         torch.set_num_threads(max(1, _cpu_cores() // int(os.environ["LOCAL_WORLD_SIZE"])))

@@ -1,0 +1,43 @@
+"""Imports run one way: docs/architecture.md has the arrows."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT
+
+MAY_IMPORT = {
+    "kernels": set(),
+    "data": set(),
+    "model": {"kernels"},
+    "training": {"model", "data"},
+    "eval": {"model", "data", "training"},
+}
+FILES = sorted(path for folder in MAY_IMPORT for path in (ROOT / folder).rglob("*.py"))
+
+
+def imported(path: Path) -> set[str]:
+    """Top-level packages that a file imports anywhere, also inside of functions."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            names.add(node.module or "")
+    return {name.partition(".")[0] for name in names}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_run_one_way(path: Path):
+    folder = path.relative_to(ROOT).parts[0]
+    ours = imported(path) & (set(MAY_IMPORT) | {"train", "tests"})
+    assert ours - {folder} <= MAY_IMPORT[folder]
+
+
+def test_kernels_has_no_version():
+    """transformers probes any package of this name for a __version__."""
+    import kernels
+
+    assert not hasattr(kernels, "__version__")
