@@ -150,11 +150,8 @@ def setup(run: RunConfig, data: PreparedData, loader: WindowLoader) -> Job:
         f"= {run.training.global_batch_size} sequences of {run.training.seq_len} tokens"
     )
     metrics.say(f"resumed from {resumed}" if resumed else "starting from new weights")
-    if run.training.warmup_steps >= run.training.max_steps:
-        metrics.say(
-            f"warning: training.warmup_steps {run.training.warmup_steps} is not under max_steps "
-            f"{run.training.max_steps}: the learning rate only rises"
-        )
+    for warning in run.training.warnings():
+        metrics.say(f"warning: {warning}")
     return Job(run, folder, data, loader, device, engine, metrics, origin, step)
 
 

@@ -261,6 +261,9 @@ class ModelConfig:
         unknown = sorted(set(fields) - known - {"format_version"})
         if unknown:
             raise ValueError(f"unknown key {unknown[0]!r}; known are {', '.join(sorted(known))}")
+        version = fields.get("format_version", FORMAT_VERSION)
+        if version != FORMAT_VERSION:
+            raise ValueError(f"format_version {version}; this code reads {FORMAT_VERSION}")
         required = {f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING}
         missing = sorted(required - set(fields))
         if missing:

@@ -115,6 +115,22 @@ class TrainingConfig:
         if value is not None and not (test(value) and math.isfinite(value)):
             raise ValueError(f"training.{name}: {value}; it must be {allowed}")
 
+    def warnings(self) -> list[str]:
+        """Settings that have no effect or a surprising one."""
+        found = []
+        if self.warmup_steps >= self.max_steps:
+            found.append(
+                f"training.warmup_steps {self.warmup_steps} is not under max_steps "
+                f"{self.max_steps}: the learning rate only rises"
+            )
+        if self.schedule == "wsd" and self.decay_steps == 0:
+            found.append("training.decay_steps 0: the rate of schedule wsd never decays")
+        if self.schedule != "wsd" and self.decay_steps:
+            found.append(f"training.decay_steps has no effect with schedule {self.schedule}")
+        if self.schedule == "constant" and self.min_learning_rate:
+            found.append("training.min_learning_rate has no effect with schedule constant")
+        return found
+
     def accumulation(self, world_size: int) -> int:
         """Micro-steps of one optimizer step. InputError where the batch does not divide."""
         micro = self.micro_batch_size or max(1, self.global_batch_size // world_size)

@@ -26,23 +26,27 @@ def state_bytes(run: RunConfig, stage: int, world_size: int) -> dict[str, int]:
     }
 
 
-def activation_bytes(model: ModelConfig, tokens: int, element: int) -> int:
+def activation_bytes(model: ModelConfig, tokens: int, element: int, autocast: bool = False) -> int:
     """Bytes that the forward pass of `tokens` tokens keeps for the backward pass, without logits.
 
     Per token and layer, in elements: both norms' inputs and outputs 4d; q and the attention's
     output 2·H·D, k and v 2·H_kv·D, the softmax statistics H (fp32); the latents of low-dimensional
     projections r each; the feed-forward network 4f (SwiGLU: gate, up, silu(gate), their product) or
     f (ReLU). Dropout adds a byte an element twice. Outside: the final norm's input and output 2d.
+    Autocast keeps the norms' inputs in fp32 and a cast copy for each projection that reads the
+    residual stream, instead of the first 4d.
     """
     assert model.head_dim is not None
     assert model.num_kv_heads is not None
     d, f = model.hidden_size, model.intermediate_size
     latents = sum(p.rank or 0 for p in model.block_projections().values())
     wide = 2 * model.num_heads * model.head_dim + 2 * model.num_kv_heads * model.head_dim
-    hidden = 4 * f if model.family == "llama" else f
+    readers, hidden = (5, 4 * f) if model.family == "llama" else (4, f)
+    stream = 2 * d * 4 + readers * d * element if autocast else 4 * d * element
     dropped = 2 * d if model.dropout else 0
-    layer = (4 * d + wide + latents + hidden) * element + 4 * model.num_heads + dropped
-    return tokens * (model.num_layers * layer + 2 * d * element)
+    layer = stream + (wide + latents + hidden) * element + 4 * model.num_heads + dropped
+    final = d * (4 + element) if autocast else 2 * d * element
+    return tokens * (model.num_layers * layer + final)
 
 
 def logits_bytes(model: ModelConfig, tokens: int, element: int) -> int:
@@ -61,6 +65,11 @@ def bytes_per_rank(run: RunConfig, stage: int, world_size: int) -> dict[str, int
     tokens = micro * training.seq_len
     element = 2 if training.precision == "bf16" else 4
     parts = state_bytes(run, stage, world_size)
-    parts["activations"] = activation_bytes(run.model, tokens, element)
+    autocast = training.precision == "bf16" and stage == 0
+    parts["activations"] = activation_bytes(run.model, tokens, element, autocast)
+    if autocast:
+        parts["weights"] += (
+            2 * run.model.num_parameters()
+        )  # the copies that autocast makes and keeps
     parts["logits"] = logits_bytes(run.model, tokens, element)
     return parts

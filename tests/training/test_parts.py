@@ -80,6 +80,23 @@ def test_batch_that_does_not_divide_is_refused(micro: int | None, ranks: int):
         settings(micro_batch_size=micro).accumulation(ranks)
 
 
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, None),
+        ({"warmup_steps": 9}, "warmup_steps 9"),
+        ({"schedule": "wsd"}, "never decays"),
+        ({"schedule": "wsd", "decay_steps": 3}, None),
+        ({"decay_steps": 3}, "decay_steps has no effect with schedule cosine"),
+        ({"schedule": "constant", "min_learning_rate": 0.1}, "min_learning_rate"),
+    ],
+)
+def test_settings_without_effect_are_warned_of(changes: dict, expected: str | None):
+    found = settings(**changes).warnings()
+    assert len(found) == (expected is not None)
+    assert expected is None or expected in found[0]
+
+
 def record(step: int, **changes: object) -> dict:
     values = {"step": step, "loss": 2.0, "lr": 0.1, "grad_norm": 1.0, "tokens_per_second": 10.0}
     values |= {"mfu": None, "peak_memory_bytes": 2**30, "data_wait_share": 0.5, "eta_seconds": 61}
