@@ -123,6 +123,8 @@ def identity(run: RunConfig, data: PreparedData) -> dict[str, Any]:
 def setup(run: RunConfig, data: PreparedData, loader: WindowLoader) -> Job:
     """Builds everything and resumes."""
     folder, first = Path(run.training.run_dir), distributed.rank() == 0
+    if first:
+        checkpoint.clean(folder)
     resumed = find_checkpoint(run)
     step, origin = 0, None
     if resumed is not None:
@@ -238,7 +240,12 @@ def train(job: Job, stop: StopSignal) -> None:
         begun = time.perf_counter()
         tokens = torch.from_numpy(job.loader.batch(position, count))
         watch.waited += time.perf_counter() - begun
-        return tokens.to(job.device, non_blocking=True)
+        if int(tokens.max()) >= job.run.model.vocab_size:  # on the GPU it would be an assertion
+            raise InputError(
+                f"{job.data.path}: holds token id {int(tokens.max())}; model.vocab_size is "
+                f"{job.run.model.vocab_size}"
+            )
+        return tokens.to(job.device)
 
     for step in range(job.step, training.max_steps):
         if job.run.model.dropout:
@@ -279,7 +286,10 @@ def train(job: Job, stop: StopSignal) -> None:
 def evaluate_final(job: Job) -> None:
     """Scores the final split and writes final.json."""
     split = job.run.data.final_split
-    if split is None or split not in job.data.manifest["splits"]:
+    if split is None:
+        return
+    if split not in job.data.manifest["splits"]:
+        job.metrics.say(f"warning: {job.data.path} has no split {split} for data.final_split")
         return
     result = {"split": split} | validate(job, split, None).to_dict()
     job.metrics.say(

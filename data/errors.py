@@ -32,7 +32,11 @@ class InputError(ValueError):
     """The user's input is wrong.
 
     The message is one line: what is wrong, where (file, key or option) and what is allowed.
+    Most are found by every rank alike, and one of a node prints them; with `any_rank` the rank that
+    raises it prints it, because it alone may know.
     """
+
+    any_rank = False
 
 
 def require_folder_of(output: str | None) -> None:
@@ -61,7 +65,7 @@ def run_cli(
         message = _user_message(error)
         if message is None:
             raise
-        if _prints_errors():
+        if _prints_errors() or getattr(error, "any_rank", False):
             print(f"error: {message}", file=sys.stderr)
         code = USER_ERROR
     sys.stdout.flush()

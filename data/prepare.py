@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from data.encode import Batch, EncodedBatch, SplitRule, encode_in_order
-from data.errors import InputError, run_cli
+from data.errors import InputError, require_folder_of, run_cli
 from data.prepare_config import PrepareConfig, parse_config
 from data.shard_writer import KINDS, PARTIAL, Position, ShardWriter, write_json
 from data.shards import (
@@ -61,6 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Prepare a folder as the command line says; returns the exit code."""
     started = time.monotonic()
     config = parse_config(sys.argv[1:] if argv is None else argv)
+    require_folder_of(config.summary)
     plan = _plan(config)
     identity = _identity(config, plan)
     folder = Path(config.output)  # type: ignore[arg-type]  # parse_config requires it

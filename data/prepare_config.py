@@ -10,7 +10,7 @@ from typing import Any
 
 from data.errors import InputError
 
-CONFIG_FOLDER = Path("configs/data")
+CONFIG_FOLDER = Path(__file__).resolve().parent.parent / "configs" / "data"
 DEFAULT_FRACTION = 0.01
 # They change how a folder is prepared, never what is in it: a rerun may change them.
 RUNTIME_OPTIONS = ("output", "processes", "overwrite", "summary")

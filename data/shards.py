@@ -1,9 +1,9 @@
 """Reading a prepared folder: manifest, integrity checks, and one token stream a split.
 
-    manifest.json            written last: a folder with one is complete tokenizer.model
-    the SentencePiece model behind the ids train-00000.tokens.bin   little-endian ids, uint16 where
-    the vocabulary fits, else uint32 train-00000.docs.bin     little-endian int64 (documents, 3):
-    first token in this shard, bytes, words
+    manifest.json            written last: a folder with one is complete
+    tokenizer.model          the SentencePiece model behind the ids
+    train-00000.tokens.bin   little-endian ids, uint16 where the vocabulary fits, else uint32
+    train-00000.docs.bin     little-endian int64 (documents, 3): first token, UTF-8 bytes, words
 
 Documents never cross shards. Names in the manifest are relative: the folder can be moved.
 """

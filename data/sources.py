@@ -186,7 +186,7 @@ def _jsonl_rows(file: Any, path: Path) -> Iterator[tuple[Any, str]]:
             continue
         try:
             row = json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:
             raise InputError(
                 f"{path}:{number}: malformed JSON ({error}); allowed is one JSON object a line"
             ) from error

@@ -4,6 +4,7 @@ python -m eval.generate --checkpoint RUN_OR_STEP_DIR --prompt "The module"
 """
 
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -55,8 +56,10 @@ class GenerateConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"--{name}: {value}; it must be at least 1")
-        if self.temperature < 0:
-            raise ValueError(f"--temperature: {self.temperature}; it must be at least 0")
+        if self.temperature != 0 and not 1e-3 <= self.temperature < math.inf:
+            raise ValueError(f"--temperature: {self.temperature}; it must be 0 or at least 0.001")
+        if any(0xD800 <= ord(c) < 0xE000 for c in self.prompt):
+            raise ValueError("--prompt: is not UTF-8 text")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"--top_p: {self.top_p}; it must be over 0 and at most 1")
 
@@ -82,16 +85,21 @@ def probabilities(logits: Tensor, temperature: float, top_k: int | None, top_p: 
 
 @torch.no_grad()
 def generate(
-    model: Transformer, ids: list[int], config: GenerateConfig, seed: int
+    model: Transformer, ids: list[int], config: GenerateConfig, seed: int, vocab_size: int
 ) -> Iterator[int]:
-    """Token ids that follow `ids`, one by one, up to max_new_tokens or the model's max_seq_len."""
+    """Token ids that follow `ids`, one by one, up to max_new_tokens or the model's max_seq_len.
+
+    Only ids under `vocab_size`, that of the tokenizer: the model's may be padded.
+    """
     weight = model.lm_head.weight
     capacity = min(model.config.max_seq_len, len(ids) + config.max_new_tokens)
     cache = KVCache(model.config, 1, capacity, weight.device, weight.dtype)
     generator = torch.Generator().manual_seed(seed)
     new = ids
     for _ in range(capacity - len(ids)):
-        logits = model(torch.tensor([new], device=weight.device), cache=cache)[0, -1].cpu()
+        logits = model(torch.tensor([new], device=weight.device), cache=cache)[
+            0, -1, :vocab_size
+        ].cpu()
         if config.temperature == 0:
             token = int(logits.argmax())
         else:
@@ -138,9 +146,8 @@ def main() -> int:
     for i in range(config.num_samples):
         print(config.prompt, end="", flush=True)
         text = ""
-        for piece in stream_text(
-            generate(model, prompt, config, config.seed + i), tokenizer, prompt
-        ):
+        ids = generate(model, prompt, config, config.seed + i, tokenizer.vocab_size)
+        for piece in stream_text(ids, tokenizer, prompt):
             print(piece, end="", flush=True)
             text += piece
         print("\n" + "-" * 20 if i + 1 < config.num_samples else "")

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from data.command_line import parse_options
 from data.errors import InputError, require_folder_of, run_cli
-from data.shards import MANIFEST, PreparedData, TokenStream
+from data.shards import MANIFEST, PROGRESS, PreparedData, TokenStream
 from data.sources import Reading, file_sources
 from data.tokenizer import Tokenizer
 from training import checkpoint, distributed
@@ -189,7 +189,7 @@ class PerplexityConfig:
 def load_stream(config: PerplexityConfig, tokenizer: Tokenizer) -> TokenStream:
     """The tokens to score. InputError where a prepared folder has another tokenizer."""
     path = Path(config.data)
-    if not (path.is_dir() and (path / MANIFEST).exists()):
+    if not any((path / name).exists() for name in (MANIFEST, PROGRESS)):
         sources = file_sources([config.data], Reading(text_key=config.text_key))
         documents = itertools.chain.from_iterable(source.documents() for source in sources)
         return TokenStream.from_documents(documents, tokenizer)

@@ -162,10 +162,11 @@ def init_weights(model: Transformer, seed: int, gather: Gather = lambda _: nullc
     for name, parameter in model.named_parameters():  # a tied head comes once, as the embedding
         with gather(parameter):
             if parameter.numel():  # an empty one is a shard whose whole is written on another rank
-                parameter.copy_(_initial_value(model, name, parameter.shape, seed))
+                parameter.copy_(initial_value(model, name, parameter.shape, seed))
 
 
-def _initial_value(model: Transformer, name: str, shape: torch.Size, seed: int) -> Tensor:
+def initial_value(model: Transformer, name: str, shape: torch.Size, seed: int) -> Tensor:
+    """What init_weights gives the parameter `name`, whole, fp32 on the CPU."""
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
     config, (owner, _, leaf) = model.config, name.rpartition(".")

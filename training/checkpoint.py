@@ -13,8 +13,9 @@ import dataclasses
 import errno
 import json
 import os
+import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ import torch
 from safetensors import SafetensorError
 
 from data.errors import InputError
+from data.shards import sha256_file
 from data.tokenizer import Tokenizer
 from model import ModelConfig, Transformer
 from training import distributed
@@ -30,6 +32,8 @@ from training.engine import Engine
 from training.run_dir import write_json
 
 TAG = "deepspeed"
+# How torch.save reports that the file system refused its bytes.
+FAILED_WRITE = re.compile(r"PytorchStreamWriter|inline_container|file write|No space|iostream")
 # What DeepSpeed's files pickle besides tensors. It reads them with weights_only=False, which runs
 # whatever a file names, so a file that names anything else is refused before DeepSpeed sees it.
 ALLOWED_PICKLES = {
@@ -67,12 +71,17 @@ def save(engine: Engine, run_dir: Path, tokenizer: Tokenizer, state: dict[str, A
             shutil.rmtree(replaced, ignore_errors=True)
         distributed.barrier()
     except (OSError, RuntimeError, SafetensorError) as error:
+        text = " ".join(str(error).split())
+        if isinstance(error, RuntimeError) and not FAILED_WRITE.search(text):
+            raise  # not the disk: another rank is gone, or a defect
         if first:
             shutil.rmtree(aside, ignore_errors=True)
-        raise InputError(
-            f"{folder}: the checkpoint could not be written ({' '.join(str(error).split())}); "
-            "free space and start again: the run goes on from the checkpoint before it"
-        ) from error
+        refused = InputError(
+            f"{folder}: the checkpoint could not be written ({text}); free space and start again: "
+            "the run goes on from the checkpoint before it"
+        )
+        refused.any_rank = True
+        raise refused from error
     return folder
 
 
@@ -99,10 +108,12 @@ def _write_own_files(
     shutil.copyfile(tokenizer.path, aside / "tokenizer.model")
     safetensors.torch.save_file(weights, aside / "model.safetensors")
     files = sorted(p for p in aside.rglob("*") if p.is_file())
-    sizes = {str(p.relative_to(aside)): p.stat().st_size for p in files}
+    listed = {}
     for path in files:
         _flush_to_disk(path)
-    write_json(aside / "checkpoint.json", {"format_version": 1, **state, "files": sizes})
+        name = path.relative_to(aside).as_posix()
+        listed[name] = {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
+    write_json(aside / "checkpoint.json", {"format_version": 1, **state, "files": listed})
     _flush_to_disk(aside / "checkpoint.json")
 
 
@@ -119,6 +130,17 @@ def prune(run_dir: Path, keep: int | None) -> None:
     whole = [folder for folder, _ in _newest_first(run_dir)]
     for folder in whole[keep:] if keep is not None else []:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def clean(run_dir: Path) -> None:
+    """Removes what a killed save left. Rank 0 alone calls it, holding the run directory."""
+    for left in (run_dir / "checkpoints").glob("step-*.replaced"):
+        folder = left.with_suffix("")
+        if not folder.exists():  # killed between the two renames: this is the whole one
+            left.rename(folder)
+    for pattern in ("step-*.partial", "step-*.replaced"):
+        for left in (run_dir / "checkpoints").glob(pattern):
+            shutil.rmtree(left, ignore_errors=True)
 
 
 def _newest_first(run_dir: Path) -> Iterator[tuple[Path, int]]:
@@ -154,16 +176,30 @@ def read_state(folder: Path) -> dict[str, Any]:
         files = state["files"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{folder / 'checkpoint.json'}: unreadable ({error})") from None
-    for name, size in files.items():
+    for name, written in files.items():
         found = (folder / name).stat().st_size if (folder / name).exists() else None
-        if found != size:
-            what = "is missing" if found is None else f"has {found} bytes, {size} were written"
+        if found != written["bytes"]:
+            size = f"has {found} bytes, {written['bytes']} were written"
+            what = "is missing" if found is None else size
             raise InputError(f"{folder / name}: {what}; the checkpoint is damaged, use another")
     return state
 
 
+def _verify(folder: Path, names: Iterable[str]) -> None:
+    """InputError where a file is not the one that was written, by its sha256 sum."""
+    files = read_state(folder)["files"]
+    for name in names:
+        found, written = sha256_file(folder / name), files[name]["sha256"]
+        if found != written:
+            raise InputError(
+                f"{folder / name}: sha256 {found}, {written} was written; the checkpoint is "
+                "damaged, use another"
+            )
+
+
 def load_model(folder: Path, device: torch.device, dtype: torch.dtype) -> Transformer:
     """The model of a checkpoint, ready for evaluation. Reads model.json and model.safetensors."""
+    _verify(folder, ("model.json", "model.safetensors"))
     try:
         config = ModelConfig.from_json(folder / "model.json")
         weights = safetensors.torch.load_file(folder / "model.safetensors")
@@ -171,9 +207,9 @@ def load_model(folder: Path, device: torch.device, dtype: torch.dtype) -> Transf
         raise InputError(f"{folder}: not a readable checkpoint ({error})") from None
     with torch.device("meta"):
         model = Transformer(config)
-    if config.tie_embeddings:
-        weights["lm_head.weight"] = weights["token_embedding.weight"]
     try:
+        if config.tie_embeddings:
+            weights["lm_head.weight"] = weights["token_embedding.weight"]
         model.load_state_dict(weights, assign=True)
     except (RuntimeError, KeyError) as error:
         text = " ".join(str(error).split())
@@ -202,10 +238,18 @@ def check(folder: Path, model: ModelConfig, expected: dict[str, Any]) -> dict[st
     where it is not, or where the files are damaged or not what DeepSpeed writes.
     """
     state = read_state(folder)
+    if distributed.local_rank() == 0:
+        _verify(folder, state["files"])
+    try:
+        saved = ModelConfig.from_json(folder / "model.json")
+    except ValueError as error:
+        raise InputError(str(error)) from None
     was, now = dict(state), dict(expected)
-    saved = json.loads((folder / "model.json").read_text())
-    for key, value in dataclasses.asdict(model).items():
-        was[f"model.{key}"], now[f"model.{key}"] = saved.get(key), value
+    for name in (field.name for field in dataclasses.fields(model)):
+        # Ranks written out: r: 8 and r: {q: 8, k: 8, v: 8, o: 8} are the same model.
+        attribute = "ranks" if name == "r" else name
+        was[f"model.{name}"] = getattr(saved, attribute)
+        now[f"model.{name}"] = getattr(model, attribute)
     for key, value in now.items():
         if was.get(key) != value:
             raise InputError(

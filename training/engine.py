@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from model import Transformer, init_weights
+from model import Transformer, init_weights, initial_value
 from training import distributed
 from training.config import RunConfig
 from training.optimizer import build_optimizer
@@ -39,6 +39,7 @@ def deepspeed_config(run: RunConfig, world_size: int) -> dict[str, Any]:
         "bf16": {"enabled": bf16 and ds.zero_stage > 0, "check_grad_overflow": True},
         "torch_autocast": {"enabled": bf16 and ds.zero_stage == 0, "dtype": "bfloat16"},
         "data_types": {"grad_accum_dtype": "fp32"},
+        "communication_data_type": "fp32",  # else gradients of bf16 are summed over ranks in bf16
         "zero_force_ds_cpu_optimizer": False,  # offloaded states are torch's AdamW's too
         "steps_per_print": 2**62,
         "wall_clock_breakdown": False,
@@ -68,6 +69,8 @@ class Engine:
             )
         self.model: Transformer = self.deepspeed.module
         self.skipped_on_device = torch.zeros((), device=device)
+        if config["bf16"]["enabled"]:
+            self._set_master_weights()
 
     @staticmethod
     def gather(parameter: Tensor) -> Any:
@@ -75,6 +78,17 @@ class Engine:
         import deepspeed
 
         return deepspeed.zero.GatheredParameters([parameter], modifier_rank=0)
+
+    def _set_master_weights(self) -> None:
+        """Gives the fp32 master weights their initial values: DeepSpeed makes them from the model
+        after it was cast to bf16, so each stage would begin from weights rounded to 8 bits.
+        """
+        from deepspeed.utils import safe_set_full_fp32_param
+
+        for name, parameter in self.model.named_parameters():
+            shape = torch.Size(getattr(parameter, "ds_shape", parameter.shape))
+            value = initial_value(self.model, name, shape, self.run.training.seed)
+            safe_set_full_fp32_param(parameter, value.to(self.device))
 
     def train_step(
         self, step: int, micro_batches: list[Callable[[], Tensor]]

@@ -45,7 +45,9 @@ class Metrics:
                 continue
             if record["step"] <= step:
                 kept.append(line + "\n")
-        path.write_text("".join(kept), encoding="utf-8")
+        aside = path.with_name(path.name + ".partial")
+        aside.write_text("".join(kept), encoding="utf-8")
+        aside.replace(path)
 
     def advance(self, step: int) -> None:
         """Moves the progress bar."""

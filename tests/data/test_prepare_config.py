@@ -33,7 +33,7 @@ def test_configs_parse_by_path_and_by_name(path):
         assert getattr(config, key) == value
     assert config.output == f"prepared/{path.stem}"
     assert path.read_text().startswith("# ")
-    assert f"--config {path}" in path.read_text()
+    assert f"--config configs/data/{path.name}" in path.read_text()
 
 
 def test_every_option_has_a_type_a_docstring_and_a_line_of_help(capsys):

@@ -33,7 +33,9 @@ def config(**options: Any) -> GenerateConfig:
 @torch.no_grad()
 def test_greedy_takes_the_most_likely_token_of_a_forward_without_cache(model: Transformer):
     ids = [1, 50, 60, 70]
-    found = list(generate(model, ids, config(temperature=0, max_new_tokens=20), seed=0))
+    found = list(
+        generate(model, ids, config(temperature=0, max_new_tokens=20), seed=0, vocab_size=400)
+    )
     for token in found:
         assert token == int(model(torch.tensor([ids]))[0, -1].argmax())
         ids = [*ids, token]
@@ -42,15 +44,20 @@ def test_greedy_takes_the_most_likely_token_of_a_forward_without_cache(model: Tr
 
 def test_seed_decides_the_sample(model: Transformer):
     def sample(seed: int) -> list[int]:
-        return list(generate(model, [1], config(temperature=1.0, max_new_tokens=30), seed))
+        return list(generate(model, [1], config(temperature=1.0, max_new_tokens=30), seed, 400))
 
     assert sample(3) == sample(3)
     assert sample(3) != sample(4)
 
 
+def test_ids_beyond_the_tokenizer_are_never_taken(model: Transformer):
+    options = config(temperature=50.0, max_new_tokens=60)
+    assert max(generate(model, [1], options, seed=0, vocab_size=10)) < 10
+
+
 def test_text_ends_at_max_seq_len(model: Transformer):
     ids = [1] * 60
-    assert len(list(generate(model, ids, config(max_new_tokens=50), seed=0))) == 4
+    assert len(list(generate(model, ids, config(max_new_tokens=50), seed=0, vocab_size=400))) == 4
 
 
 def test_temperature_top_k_and_top_p():
@@ -105,6 +112,8 @@ def test_command_prints_and_writes_its_texts(
     ("options", "expected"),
     [
         (["--temperature", "-1"], "--temperature: -1"),
+        (["--temperature", "1e-320"], "--temperature"),
+        (["--prompt", "a\udcff"], "--prompt"),
         (["--top_p", "0"], "--top_p: 0"),
         (["--top_k", "0"], "--top_k: 0"),
         (["--max_new_tokens", "none"], "max_new_tokens"),

@@ -14,6 +14,8 @@ import pytest
 
 import train
 from data.errors import InputError
+from data.shards import sha256_file
+from model import ModelConfig, Ranks
 from tests.conftest import Runs
 from training import checkpoint
 
@@ -148,6 +150,27 @@ def test_damaged_checkpoint_is_named(copied: Path, runs: Runs, refused: Callable
     assert "has 1000 bytes" in message
 
 
+@pytest.mark.parametrize("name", ["model.json", "model.safetensors", "deepspeed"])
+def test_altered_checkpoint_is_named_with_its_checksum(
+    name: str, copied: Path, runs: Runs, refused: Callable
+):
+    path = copied / "checkpoints/step-00000006" / name
+    path = next(path.glob("*optim*")) if path.is_dir() else path
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    message = refused("--config", runs.config(training__max_steps=8))
+    assert path.name in message
+    assert "sha256" in message
+
+
+def test_ranks_written_out_are_the_same_model(copied: Path):
+    folder = copied / "checkpoints/step-00000006"
+    model = ModelConfig.from_json(folder / "model.json")
+    model.r = Ranks(q=8, k=8, v=8, o=8)
+    assert checkpoint.check(folder, model, {})["step"] == 6
+
+
 def test_pickle_that_names_foreign_code_is_not_loaded(copied: Path, runs: Runs, refused: Callable):
     import torch
 
@@ -161,7 +184,8 @@ def test_pickle_that_names_foreign_code_is_not_loaded(copied: Path, runs: Runs, 
     shard = next((folder / "deepspeed").glob("*optim*"))
     torch.save({"state": Hostile()}, shard)
     state = json.loads((folder / "checkpoint.json").read_text())
-    state["files"][f"deepspeed/{shard.name}"] = shard.stat().st_size
+    written = {"bytes": shard.stat().st_size, "sha256": sha256_file(shard)}
+    state["files"][f"deepspeed/{shard.name}"] = written
     (folder / "checkpoint.json").write_text(json.dumps(state))
     message = refused("--config", runs.config(training__max_steps=8))
     assert "system" in message

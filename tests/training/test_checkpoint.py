@@ -9,6 +9,7 @@ import safetensors.torch
 import torch
 
 from data.errors import InputError
+from data.shards import sha256_file
 from model import ModelConfig, Transformer, init_weights
 from training import checkpoint
 
@@ -44,6 +45,16 @@ def test_prune_keeps_the_newest(keep: int, left: list[int], tmp_path: Path):
     assert found == [f"step-{step:08d}" for step in left]
 
 
+def test_clean_removes_what_a_killed_save_left(tmp_path: Path):
+    folder(tmp_path, "step-00000001")
+    folder(tmp_path, "step-00000001.replaced")
+    folder(tmp_path, "step-00000002.replaced")  # killed between the two renames
+    folder(tmp_path, "step-00000003.partial", whole=False)
+    checkpoint.clean(tmp_path)
+    found = sorted(p.name for p in (tmp_path / "checkpoints").iterdir())
+    assert found == ["step-00000001", "step-00000002"]
+
+
 def test_resolve_says_what_is_missing(tmp_path: Path):
     with pytest.raises(InputError, match="no such folder"):
         checkpoint.resolve(tmp_path / "nowhere")
@@ -67,6 +78,11 @@ def test_loaded_model_is_the_one_written(tied: bool, tmp_path: Path):
     weights = {name: p.detach() for name, p in model.named_parameters()}
     config.to_json(tmp_path / "model.json")
     safetensors.torch.save_file(weights, tmp_path / "model.safetensors")
+    files = {
+        path.name: {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
+        for path in tmp_path.iterdir()
+    }
+    (tmp_path / "checkpoint.json").write_text(json.dumps({"files": files}))
     loaded = checkpoint.load_model(tmp_path, torch.device("cpu"), torch.float32)
     ids = torch.arange(10)[None]
     assert torch.equal(loaded(ids), model.eval()(ids))
@@ -81,6 +97,10 @@ def test_weights_that_do_not_fit_are_refused(trained: Path, tmp_path: Path):
     description = json.loads((step / "model.json").read_text())
     description["num_layers"] = 3
     (step / "model.json").write_text(json.dumps(description))
+    state = checkpoint.read_state(checkpoint.resolve(trained))
+    size = (step / "model.json").stat().st_size
+    state["files"]["model.json"] = {"bytes": size, "sha256": sha256_file(step / "model.json")}
+    (step / "checkpoint.json").write_text(json.dumps(state))
     with pytest.raises(InputError, match=r"do not fit model\.json"):
         checkpoint.load_model(step, torch.device("cpu"), torch.float32)
 

@@ -9,13 +9,16 @@ from typing import Any
 
 import pytest
 import safetensors.torch
+import torch
 import yaml
 
 from data.command_line import parse_options
+from model import Transformer, init_weights
 from tests.conftest import Runs, finish
 from tests.training.oracle import plain_training
 from training import checkpoint
 from training.config import RunConfig
+from training.engine import deepspeed_config
 
 
 def metrics(run_dir: Path) -> list[dict[str, Any]]:
@@ -233,8 +236,6 @@ def test_run_begun_from_another_ones_checkpoint(trained: Path, runs: Runs):
 
 def optimizer_groups(run_dir: Path) -> list[dict[str, Any]]:
     """AdamW's settings as DeepSpeed saved them (the test wrote this file itself)."""
-    import torch
-
     shard = next((checkpoint.newest(run_dir) / "deepspeed").glob("*optim*"))
     state = torch.load(shard, weights_only=False)["optimizer_state_dict"]
     return state["base_optimizer_state"]["param_groups"]
@@ -256,3 +257,30 @@ def test_options_overrule_the_file_whatever_their_order(runs: Runs):
         RunConfig, ["--training.seed", "9", "--config", config], prog="test", description="test"
     )
     assert (before.training.seed, run.training.seed) == (9, 5)
+
+
+@pytest.mark.parametrize(
+    "stage", [pytest.param(s, marks=pytest.mark.slow if s > 1 else ()) for s in (1, 2, 3)]
+)
+def test_bf16_begins_from_the_fp32_weights(stage: int, runs: Runs):
+    """At a learning rate of almost nothing the master weights stay what they were at first."""
+    config = runs.config(
+        deepspeed__zero_stage=stage,
+        training__precision="bf16",
+        training__learning_rate=1.0e-30,
+        training__max_steps=1,
+        data__final_split=None,
+    )
+    run = load(config)
+    runs.train(config, ranks=2, launcher="torchrun")
+    weights = checkpoint.newest(runs.folder / "run") / "model.safetensors"
+    expected = Transformer(run.model)
+    init_weights(expected, run.training.seed)
+    found = safetensors.torch.load_file(weights)
+    for name, parameter in expected.named_parameters():
+        assert torch.equal(found[name], parameter.detach()), name
+
+
+def test_gradients_of_bf16_are_summed_over_ranks_in_fp32(runs: Runs):
+    run = load(runs.config(training__precision="bf16"))
+    assert deepspeed_config(run, 2)["communication_data_type"] == "fp32"
