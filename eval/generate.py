@@ -97,9 +97,8 @@ def generate(
     generator = torch.Generator().manual_seed(seed)
     new = ids
     for _ in range(capacity - len(ids)):
-        logits = model(torch.tensor([new], device=weight.device), cache=cache)[
-            0, -1, :vocab_size
-        ].cpu()
+        output = model(torch.tensor([new], device=weight.device), cache=cache)
+        logits = output[0, -1, :vocab_size].cpu()  # (vocab_size,)
         if config.temperature == 0:
             token = int(logits.argmax())
         else:

@@ -73,3 +73,19 @@ def test_a_real_process_prints_no_traceback():
     script = "from data.errors import *\ndef main(): raise InputError('no')\nrun_cli(main)"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (2, "", "error: no\n")
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_an_error_of_one_rank_alone_is_printed_by_it(alone, monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    error = InputError("the disk of this rank is full")
+    error.any_rank = alone
+
+    def main():
+        raise error
+
+    with pytest.raises(SystemExit) as ended:
+        run_cli(main)
+    assert ended.value.code == 2
+    assert ("the disk of this rank is full" in capsys.readouterr().err) == alone

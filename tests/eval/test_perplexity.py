@@ -112,6 +112,7 @@ def test_part_of_a_stream_counts_the_bytes_of_its_tokens(
     whole = evaluate(model, stream, token_bytes)
     almost = evaluate(model, stream, token_bytes, max_tokens=whole.tokens - 1)
     last = int(stream.read(len(stream) - 1, 1)[0])
+    assert whole.bytes == stream.text_bytes
     assert almost.tokens == whole.tokens - 1
     assert almost.words is None
     assert almost.bytes == whole.bytes - token_bytes[last]
