@@ -1,10 +1,14 @@
 """Each operation of the model in plain torch: the definition, the CPU path and the oracle of any
 fused kernel.
 
-Shapes: B batch, T time, H heads, D head dimension, r rank. Every function takes any leading
-dimensions and any floating dtype; statistics and rotations are computed in float32 (float64 for
-float64 input) and the result has the dtype of the input.
+Shapes: B batch, T time, H heads, D head dimension, r rank, M = B · T rows. Any floating dtype;
+statistics and rotations are computed in float32 (float64 for float64 input) and the result has the
+dtype of the input. The first part holds the layers as a reader knows them, for any leading
+dimensions; the second the pieces that the custom operators (ops.py) are made of, each with a Triton
+kernel of the same name and signature in triton/.
 """
+
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -50,3 +54,80 @@ def low_dim_linear(
     nothing between the factors: no activation, no normalisation, no scale.
     """
     return F.linear(F.linear(x, a, bias_a), b, bias_b)
+
+
+def row_rstd(x: Tensor, eps: float) -> Tensor:
+    """1 / sqrt(mean(x²) + eps) of each row, the factor of RMSNorm. x (M, d) -> (M,), float32."""
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    return torch.rsqrt(x.square().mean(dim=-1) + eps)
+
+
+def fold(norm_weight: Tensor, weights: Sequence[Tensor]) -> Tensor:
+    """The weights stacked by rows, each column times its norm weight: norm_weight (d,) and weights
+    (n_i, d) -> (Σ n_i, d). x̂ Wᵀ with x̂ = rstd · x ∘ norm_weight is then rstd · (x foldedᵀ), so x̂
+    need not exist.
+    """
+    return torch.cat(tuple(weights)) * norm_weight
+
+
+def project(
+    x: Tensor,
+    weight: Tensor,
+    rstd: Tensor | None = None,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
+    head_dim: int = 0,
+) -> Tensor:
+    """y = rotate(rstd · (x weightᵀ)): a matrix product and what its epilogue does.
+
+    x (M, k), weight (n, k), rstd (M,) or None -> (M, n). With cos and sin (T, D/2), row m is at
+    position m mod T, and each head of D columns is rotated as in apply_rotary.
+    """
+    y = x @ weight.t()
+    if rstd is not None:
+        y = (rstd[:, None] * y).to(x.dtype)
+    return y if cos is None or sin is None else rotate(y, cos, sin, head_dim)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, head_dim: int) -> Tensor:
+    """apply_rotary for rows: x (M, H·D), cos and sin (T, D/2), row m at position m mod T."""
+    heads = x.view(-1, cos.size(0), x.size(1) // head_dim, head_dim)  # (B, T, H, D)
+    return apply_rotary(heads, cos, sin).view_as(x)
+
+
+def unrotate(
+    x: Tensor, cos: Tensor, sin: Tensor, head_dim: int, rstd: Tensor | None = None
+) -> Tensor:
+    """The inverse of rotate, and so its gradient: by the opposite angle, then times rstd (M,)."""
+    y = rotate(x, cos, -sin, head_dim)
+    return y if rstd is None else (rstd[:, None] * y).to(x.dtype)
+
+
+def scale_and_dot(dh: Tensor, h: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
+    """What the backward pass of h = rstd · (x Aᵀ) needs of dh: rstd · dh (M, r), and the
+    coefficient of x in dx, rstd² / d · Σ_j dh_j h_j without its 1/d, (M,) in float32.
+    """
+    wide = torch.promote_types(dh.dtype, torch.float32)
+    dot = (dh.to(wide) * h.to(wide)).sum(dim=-1)
+    return (rstd[:, None] * dh).to(dh.dtype), rstd.square() * dot
+
+
+def norm_backward_matmul(
+    dhs: Tensor, a: Tensor, x: Tensor, coefficient: Tensor, d_residual: Tensor | None
+) -> Tensor:
+    """dx = dhs a - coefficient / d · x (+ d_residual): the gradient of rstd · (x aᵀ) for x, rstd
+    being a function of x, and of a residual connection from x.
+
+    dhs (M, r) = rstd · dh, a (r, d), x (M, d), coefficient (M,) -> (M, d). From
+    ∂rstd/∂x_k = -rstd³ x_k / d and h = rstd · (x aᵀ).
+    """
+    dx = dhs @ a - (coefficient / x.size(1))[:, None] * x
+    return (dx if d_residual is None else dx + d_residual).to(x.dtype)
+
+
+def norm_backward(g: Tensor, x: Tensor, rstd: Tensor, d_residual: Tensor | None) -> Tensor:
+    """dx of y = rstd · x, rstd being a function of x, from g = rstd · dy (M, d); (+ d_residual)."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    dot = (g.to(wide) * x.to(wide)).sum(dim=-1)
+    dx = g - (rstd.square() * dot / x.size(1))[:, None] * x
+    return (dx if d_residual is None else dx + d_residual).to(x.dtype)
