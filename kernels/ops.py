@@ -8,7 +8,7 @@ name to selective checkpointing, with shapes for fake tensors. What computes the
 call in dispatch.py; the definitions are in reference.py.
 
 The normalised input x̂ never exists. With the norm's weight folded into the factors and
-rstd = 1 / rms(x) applied to the result, h = rstd · (x (A ∘ w)ᵀ), and backward, with dhs = rstd · dh:
+rstd = 1 / rms(x) applied to the result, h = rstd · (x (A ∘ w)ᵀ); backward, with dhs = rstd · dh:
 
     dx = dhs (A ∘ w) - rstd² / d · (Σ_j dh_j h_j) · x + d_residual
     dA = (dhsᵀ x) ∘ w        dw = Σ_rows (dhsᵀ x) ∘ A
