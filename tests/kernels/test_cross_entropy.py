@@ -435,15 +435,17 @@ def test_float16_is_not_left_by_sums_over_a_chunk(tokens):
     targets = torch.zeros(4096, dtype=torch.int64)
     targets[:: 4096 // tokens] = 1
     case = (x, weight, None, targets, "mean", torch.tensor(1.0))
-    assert_near(ours(*case), oracle(*case), 1e-3)
+    assert_near(ours(*case)[2:], oracle(*case)[2:], 1e-3)
 
 
 def test_float16_keeps_small_gradients_for_the_gradient_scaler():
-    """1e-5 / 4096 is below the smallest float16, times a scale of 65536 it is not."""
+    """1 / 400 / 4096 of a class and a token is ten times the smallest float16; times 65536 it is
+    well within.
+    """
     x, weight, _, targets = problem(4096, 8, 400, torch.float16)
-    case = (x / 64, weight / 64, None, targets, "mean", torch.tensor(65536.0))
+    case = (x / 64, weight / 256, None, targets, "mean", torch.tensor(65536.0))
     exact = oracle(*case)
-    assert exact[1].abs().max() / 65536 < 2**-16  # as float16: 8 bits at most
+    assert exact[1].abs().max() / 65536 < 2**-16  # 2**-24 is the smallest float16: 8 bits at most
     assert_near(ours(*case, chunk_tokens=512), exact, 2e-3)
 
 
