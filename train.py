@@ -152,7 +152,9 @@ def setup(run: RunConfig, data: PreparedData, loader: WindowLoader) -> Job:
         f"= {run.training.global_batch_size} sequences of {run.training.seq_len} tokens"
     )
     metrics.say(f"resumed from {resumed}" if resumed else "starting from new weights")
-    for warning in run.training.warnings():
+    for line in engine.plan.lines:
+        metrics.say(line)
+    for warning in run.training.warnings() + run.execution.warnings():
         metrics.say(f"warning: {warning}")
     return Job(run, folder, data, loader, device, engine, metrics, origin, step)
 

@@ -174,12 +174,18 @@ def norm_down(x: Tensor, norm_weight: Tensor, factors: Triple, eps: float) -> tu
     and x itself: using this x for the residual saves a pass over dx. ValueError where shapes,
     dtypes or devices do not fit.
     """
+    whole = x
     x, norm_weight, *factors_list = to_autocast(x, norm_weight, *factors)
     check_factors("factors", factors_list, x)
     check_norm_weight(norm_weight, x)
     rows = x.reshape(-1, x.size(-1))
     h, residual = _NormDown.apply(rows, row_rstd(rows, eps), norm_weight, *factors_list)
-    return h.view(*x.shape[:-1], -1), residual.view(x.shape)
+    return h.view(*x.shape[:-1], -1), _residual(whole, residual)
+
+
+def _residual(x: Tensor, residual: Tensor) -> Tensor:
+    """The x that a residual connection uses: under autocast the stream keeps its own dtype."""
+    return residual.view(x.shape) if residual.dtype == x.dtype else x
 
 
 # --- up_rotary ----------------------------------------------------------------------------------
@@ -426,6 +432,7 @@ def norm_qkv(
     (T, D/2) -> q (B, T, H, D), k and v (B, T, H_kv, D), x. ValueError where shapes, dtypes or
     devices do not fit.
     """
+    whole = x
     x, norm_weight, *weights_list = to_autocast(x, norm_weight, *weights)
     check_factors("weights", weights_list, x)
     check_norm_weight(norm_weight, x)
@@ -439,7 +446,7 @@ def norm_qkv(
         rows, row_rstd(rows, eps), norm_weight, w_q, w_k, w_v, cos, sin, head_dim
     )
     shape = (x.size(0), x.size(1), -1, head_dim)
-    return q.view(shape), k.view(shape), v.view(shape), residual.view(x.shape)
+    return q.view(shape), k.view(shape), v.view(shape), _residual(whole, residual)
 
 
 # --- low_dim_linear -----------------------------------------------------------------------------
@@ -554,7 +561,7 @@ def low_dim_linear(
     x (..., d_in), a (r, d_in), b (d_out, r), bias_a (r,), bias_b (d_out,), residual (..., d_out)
     -> (..., d_out). ValueError where shapes, dtypes or devices do not fit.
     """
-    given = {"a": a, "b": b, "bias_a": bias_a, "bias_b": bias_b, "residual": residual}
+    given = {"a": a, "b": b, "bias_a": bias_a, "bias_b": bias_b}
     named = {name: t for name, t in given.items() if t is not None}
     x, *cast = to_autocast(x, *named.values())
     named = dict(zip(named, cast, strict=True))
@@ -565,12 +572,17 @@ def low_dim_linear(
     if b.dim() != 2 or b.size(1) != a.size(0):
         raise ValueError(f"b: shape {tuple(b.shape)}; allowed is (d_out, {a.size(0)})")
     shape = (*x.shape[:-1], b.size(0))
+    if residual is not None:
+        named["residual"] = residual
     allowed = {"bias_a": (a.size(0),), "bias_b": (b.size(0),), "residual": shape}
     for name, expected in allowed.items():
         if name in named and tuple(named[name].shape) != expected:
             raise ValueError(f"{name}: shape {tuple(named[name].shape)}; allowed is {expected}")
-    rows = x.reshape(-1, x.size(-1))
-    added = named.get("residual")
-    added = None if added is None else added.reshape(-1, b.size(0))
+    rows, added = x.reshape(-1, x.size(-1)), None
+    if residual is not None and residual.dtype == x.dtype:
+        check_same_kind(x, residual=residual)
+        added = residual.reshape(-1, b.size(0))
     y, _ = _low_dim(rows, a, b, named.get("bias_a"), named.get("bias_b"), added)
-    return y.view(shape)
+    y = y.view(shape)
+    # Under autocast the residual stream keeps its own, wider dtype.
+    return y if residual is None or added is not None else residual + y

@@ -2,22 +2,44 @@
 generation.
 """
 
+from typing import NamedTuple
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kernels import reference
+from kernels import ops, reference
+from kernels.attention import Backend, Mask, attend
 from model.config import ModelConfig
-from model.projection import projection
+from model.projection import Dense, LowDim, plain, projection
 
 Rotary = tuple[Tensor, Tensor]
+
+
+class LayerCache(NamedTuple):
+    """One layer's part of a KVCache: keys and values (B, capacity, H_kv, D), of which `length`
+    tokens are filled.
+    """
+
+    keys: Tensor
+    values: Tensor
+    length: int
+
+    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Stores k and v (B, T, H_kv, D) behind what is there; returns all of both so far."""
+        end = self.length + k.size(1)
+        if end > self.keys.size(1):
+            raise ValueError(f"the cache holds {self.keys.size(1)} tokens, {end} are needed")
+        self.keys[:, self.length : end] = k
+        self.values[:, self.length : end] = v
+        return self.keys[:, :end], self.values[:, :end]
 
 
 class KVCache:
     """Keys and values of the tokens seen so far, per layer, in memory allocated once.
 
     Holds 2 · num_layers tensors (B, capacity, num_kv_heads, head_dim). `length` is the number of
-    tokens stored; Transformer.forward advances it after the last layer.
+    tokens stored; Transformer.forward advances it after the last layer. With document masking it
+    also holds the number of the document of each token, (B, capacity).
     """
 
     def __init__(
@@ -33,61 +55,88 @@ class KVCache:
         shape = (config.num_layers, batch, capacity, config.num_kv_heads, config.head_dim)
         self.keys = torch.empty(shape, device=device, dtype=dtype)
         self.values = torch.empty(shape, device=device, dtype=dtype)
+        self.documents = torch.zeros(batch, capacity, device=device, dtype=torch.long)
         self.length = 0
 
-    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Stores k and v (B, T, H_kv, D) behind what is there; returns all of both so far."""
-        end = self.length + k.size(1)
-        if end > self.keys.size(2):
-            raise ValueError(f"the cache holds {self.keys.size(2)} tokens, {end} are needed")
-        self.keys[layer, :, self.length : end] = k
-        self.values[layer, :, self.length : end] = v
-        return self.keys[layer, :, :end], self.values[layer, :, :end]
+    def layer(self, index: int) -> LayerCache:
+        """The part of a layer."""
+        return LayerCache(self.keys[index], self.values[index], self.length)
 
 
 class Attention(nn.Module):
     """o_proj(softmax(q kᵀ / √D, causal) v) with q, k, v = projections of x."""
 
-    def __init__(self, config: ModelConfig, layer: int) -> None:
+    def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         assert config.head_dim is not None
-        self.layer = layer
         self.head_dim = config.head_dim
-        self.grouped = config.num_kv_heads != config.num_heads
+        self.backend: Backend = "auto"
         layers = {name: projection(s) for name, s in config.attention_projections().items()}
         self.q_proj, self.k_proj = layers["q_proj"], layers["k_proj"]
         self.v_proj, self.o_proj = layers["v_proj"], layers["o_proj"]
 
-    def forward(self, x: Tensor, rotary: Rotary | None, cache: KVCache | None = None) -> Tensor:
-        """x (B, T, d) -> (B, T, d). rotary: cos and sin (T, D/2), None where positions are
-        learned.
+    def forward(
+        self,
+        x: Tensor,
+        rotary: Rotary | None,
+        mask: Mask = None,
+        cache: LayerCache | None = None,
+    ) -> Tensor:
+        """x (B, T, d), normalised -> (B, T, d). rotary: cos and sin (T, D/2), None where positions
+        are learned. mask: as kernels.attention takes it.
         """
         q = self.q_proj(x).unflatten(-1, (-1, self.head_dim))  # (B, T, H, D)
         k = self.k_proj(x).unflatten(-1, (-1, self.head_dim))  # (B, T, H_kv, D)
         v = self.v_proj(x).unflatten(-1, (-1, self.head_dim))  # (B, T, H_kv, D)
         if rotary is not None:
             q, k = reference.apply_rotary(q, *rotary), reference.apply_rotary(k, *rotary)
-        if cache is not None:
-            k, v = cache.append(self.layer, k, v)
-        y = self._attend(q, k, v)  # (B, T, H, D)
-        return self.o_proj(y.flatten(2))  # (B, T, d)
+        return self.o_proj(self._attend(q, k, v, mask, cache))
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """q (B, T, H, D), k and v (B, S, H_kv, D) with S >= T: the queries are the last T of S
-        positions.
+    def fused(
+        self,
+        x: Tensor,
+        norm_weight: Tensor,
+        eps: float,
+        rotary: Rotary,
+        mask: Mask = None,
+        cache: LayerCache | None = None,
+    ) -> Tensor:
+        """x + forward(RMSNorm(x)) by the fused operators, which read the projections' parameters.
+
+        x (B, T, d) -> (B, T, d). Only where fusible() holds.
         """
-        new, seen = q.size(1), k.size(1)
-        mask = None
-        if (
-            1 < new < seen
-        ):  # a chunk behind a filled cache: is_causal would align it at the top left
-            mask = torch.ones(new, seen, dtype=torch.bool, device=q.device).tril(seen - new)
-        y = F.scaled_dot_product_attention(
-            q.transpose(1, 2),
-            k.transpose(1, 2),
-            v.transpose(1, 2),
-            attn_mask=mask,
-            is_causal=new == seen,
-            enable_gqa=self.grouped,
+        q, k, v, o = self.q_proj, self.k_proj, self.v_proj, self.o_proj
+        if isinstance(q, LowDim) and isinstance(k, LowDim) and isinstance(v, LowDim):
+            h, x = ops.norm_down(x, norm_weight, (q.A, k.A, v.A), eps)
+            heads = ops.up_rotary(h, (q.B, k.B, v.B), *rotary, self.head_dim)
+        else:
+            weights = (_weight(q), _weight(k), _weight(v))
+            *qkv, x = ops.norm_qkv(x, norm_weight, weights, eps, *rotary, self.head_dim)
+            heads = (qkv[0], qkv[1], qkv[2])
+        y = self._attend(*heads, mask, cache)
+        if isinstance(o, LowDim):
+            return ops.low_dim_linear(y, o.A, o.B, residual=x)
+        return x + o(y)
+
+    def fusible(self) -> bool:
+        """Whether nobody watches or changes the calls that fused() leaves out: no hooks, and the
+        projections are what this class made.
+        """
+        return plain(self, Attention) and all(
+            plain(layer, LowDim) or plain(layer, Dense)
+            for layer in (self.q_proj, self.k_proj, self.v_proj, self.o_proj)
         )
-        return y.transpose(1, 2)
+
+    def _attend(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Mask, cache: LayerCache | None
+    ) -> Tensor:
+        """Attention of (B, T, H, D) queries, with what the cache holds -> (B, T, H · D)."""
+        if cache is not None:
+            k, v = cache.append(k, v)
+        return attend(q, k, v, self.backend, mask).flatten(2)
+
+
+def _weight(layer: Dense | LowDim) -> Tensor:
+    """The weight of a layer that is known to be dense."""
+    assert isinstance(layer, Dense)
+    return layer.weight

@@ -108,6 +108,8 @@ class ModelConfig:
         init: "matched" (the product B·A has the variance of the dense weight) or "authors" (torch's
             defaults, as in the authors' code: the product has a third of it). See init_weights.
         init_std: Standard deviation of a dense weight under "matched".
+        document_start_id: Attention stays within documents, each of which begins with this token
+            (the tokenizer's BOS); null: it crosses their borders. Learned positions go on counting.
     """
 
     vocab_size: int
@@ -127,6 +129,7 @@ class ModelConfig:
     lm_head_bias: bool | None = None
     init: Literal["matched", "authors"] = "matched"
     init_std: float = 0.02
+    document_start_id: int | None = None
 
     def __post_init__(self) -> None:
         self._check_values()
@@ -152,7 +155,7 @@ class ModelConfig:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             _check_type(f"model.{field.name}", value, hints[field.name])
-            zero_allowed = field.name == "dropout"
+            zero_allowed = field.name in ("dropout", "document_start_id")
             if _is_number(value) and not (0 < value < math.inf or (zero_allowed and value == 0)):
                 raise ValueError(f"model.{field.name}: {value}; it must be greater than 0")
         for name, rank in dataclasses.asdict(self.ranks).items():
@@ -175,6 +178,11 @@ class ModelConfig:
             raise ValueError(f"model.dropout: {self.dropout}; allowed is 0 <= dropout < 1")
         if self.tie_embeddings and self.lm_head_bias:
             raise ValueError("model.lm_head_bias: a head tied to the embedding has no bias")
+        if self.document_start_id is not None and self.document_start_id >= self.vocab_size:
+            raise ValueError(
+                f"model.document_start_id: {self.document_start_id}; allowed are token ids, 0 to "
+                f"{self.vocab_size - 1}, or null"
+            )
         for name, shape in self.block_projections().items():
             if shape.rank is not None and shape.rank > min(shape.d_in, shape.d_out):
                 raise ValueError(

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from kernels import reference
+from kernels import ops, reference
 from model.config import Shape
 
 
@@ -36,10 +36,12 @@ class LowDim(nn.Module):
         latent, output = shape.bias == "latent", shape.bias == "output"
         self.bias_A = nn.Parameter(torch.empty(shape.rank)) if latent else None
         self.bias_B = nn.Parameter(torch.empty(shape.d_out)) if output else None
+        self.fused = False  # by the operator of kernels.ops, a node of the graph instead of two
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., d_in) -> (..., d_out)."""
-        return reference.low_dim_linear(x, self.A, self.B, self.bias_A, self.bias_B)
+        linear = ops.low_dim_linear if self.fused else reference.low_dim_linear
+        return linear(x, self.A, self.B, self.bias_A, self.bias_B)
 
     def extra_repr(self) -> str:
         """Shape of the layer for print(model)."""
@@ -49,3 +51,15 @@ class LowDim(nn.Module):
 def projection(shape: Shape) -> Dense | LowDim:
     """The layer for a shape: dense where the rank is None."""
     return Dense(shape) if shape.rank is None else LowDim(shape)
+
+
+def plain(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether a module is of exactly this class and has no hooks, so that code which reads its
+    parameters instead of calling it does the same.
+    """
+    return type(module) is kind and not (
+        module._forward_pre_hooks
+        or module._forward_hooks
+        or module._backward_pre_hooks
+        or module._backward_hooks
+    )

@@ -14,16 +14,20 @@ import hashlib
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from typing import cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels import reference
-from model.attention import Attention, KVCache, Rotary
+from kernels.attention import Mask, backend_context, document_mask
+from kernels.cross_entropy import linear_cross_entropy
+from model.attention import Attention, KVCache, LayerCache, Rotary
 from model.config import ModelConfig, Shape
+from model.execution import Execution
 from model.feed_forward import FeedForward
-from model.projection import Dense, LowDim
+from model.projection import Dense, LowDim, plain
+from model.recompute import keep_attention, keep_products, recomputed
 
 Gather = Callable[[Tensor], AbstractContextManager[object]]
 
@@ -57,23 +61,83 @@ def _norm(config: ModelConfig) -> nn.Module:
 class Block(nn.Module):
     """Attention and feed-forward network, each with its norm and residual."""
 
-    def __init__(self, config: ModelConfig, layer: int) -> None:
+    def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         assert config.dropout is not None
         self.norm_first = config.family == "llama"
         self.attention_norm = _norm(config)
-        self.attention = Attention(config, layer)
+        self.attention = Attention(config)
         self.feed_forward_norm = _norm(config)
         self.feed_forward = FeedForward(config)
         self.dropout = nn.Dropout(config.dropout)
+        self.fused = self.recompute_qkv = self.recompute_ffn = False  # see Execution
+        self.keep_products = keep_products(config.intermediate_size)
 
-    def forward(self, x: Tensor, rotary: Rotary | None, cache: KVCache | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        rotary: Rotary | None,
+        mask: Mask = None,
+        cache: LayerCache | None = None,
+    ) -> Tensor:
         """x (B, T, d) -> (B, T, d)."""
+        random = self.dropout.p > 0 and self.training
+        if self.recompute_qkv and cache is None:
+            x = recomputed(self._attend, x, rotary, mask, None, keep=keep_attention, random=random)
+        else:
+            x = self._attend(x, rotary, mask, cache)
+        if self.recompute_ffn:
+            return recomputed(self._transform, x, keep=self.keep_products, random=random)
+        return self._transform(x)
+
+    def _attend(
+        self, x: Tensor, rotary: Rotary | None, mask: Mask, cache: LayerCache | None
+    ) -> Tensor:
+        """x and what attention adds to it."""
+        if self.fused and rotary is not None and self.fusible():
+            norm = cast(RMSNorm, self.attention_norm)
+            return self.attention.fused(x, norm.weight, norm.eps, rotary, mask, cache)
         if self.norm_first:
-            x = x + self.dropout(self.attention(self.attention_norm(x), rotary, cache))
+            return x + self.dropout(self.attention(self.attention_norm(x), rotary, mask, cache))
+        return x + self.dropout(self.attention_norm(self.attention(x, rotary, mask, cache)))
+
+    def _transform(self, x: Tensor) -> Tensor:
+        """x and what the feed-forward network adds to it."""
+        if self.norm_first:
             return x + self.dropout(self.feed_forward(self.feed_forward_norm(x)))
-        x = x + self.dropout(self.attention_norm(self.attention(x, rotary, cache)))
         return x + self.dropout(self.feed_forward_norm(self.feed_forward(x)))
+
+    def fusible(self) -> bool:
+        """Whether the fused attention computes what the modules would: see Attention.fusible."""
+        return plain(self.attention_norm, RMSNorm) and self.attention.fusible()
+
+
+class Head(Dense):
+    """The output head: logits, or the loss without ever holding those of a whole batch."""
+
+    def __init__(self, shape: Shape) -> None:
+        super().__init__(shape)
+        self.loss = "chunked"  # this and the next two: see Execution
+        self.chunk_tokens: int | None = None
+        self.compiled = False
+
+    def forward(self, x: Tensor, targets: Tensor | None = None, reduction: str = "mean") -> Tensor:
+        """x (B, T, d) -> logits (B, T, vocab_size); with targets (B, T) the loss as
+        Transformer.forward returns it.
+        """
+        if targets is None:
+            return super().forward(x)
+        loss = linear_cross_entropy(
+            x.flatten(0, 1),
+            self.weight,
+            targets.flatten(),
+            self.bias,
+            reduction=reduction,
+            method=self.loss,
+            chunk_tokens=self.chunk_tokens,
+            compile=self.compiled,
+        )
+        return loss.view_as(targets) if reduction == "none" else loss
 
 
 class Transformer(nn.Module):
@@ -84,14 +148,15 @@ class Transformer(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
+        self.execution = Execution(kernels="reference", compile="off")
         d, vocab = config.hidden_size, config.vocab_size
         self.token_embedding = Embedding(vocab, d)
         self.position_embedding = (
             Embedding(config.max_seq_len, d) if config.family == "paper-1" else None
         )
-        self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_layers))
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.final_norm = _norm(config) if config.family == "llama" else nn.Identity()
-        self.lm_head = Dense(Shape(d, vocab, None, "output" if config.lm_head_bias else "none"))
+        self.lm_head = Head(Shape(d, vocab, None, "output" if config.lm_head_bias else "none"))
         if config.tie_embeddings:
             self.lm_head.weight = self.token_embedding.weight
 
@@ -117,15 +182,19 @@ class Transformer(nn.Module):
             )
         positions = torch.arange(start, start + length, device=input_ids.device)
         x, rotary = self._embed(input_ids, positions)
-        for block in self.layers:
-            x = block(x, rotary, cache)
+        mask = self._document_mask(input_ids, cache)
+        whole = self.execution.recompute_blocks and cache is None
+        random = self.config.dropout != 0 and self.training
+        with backend_context(self.execution.attention, x.device):
+            for index, block in enumerate(self.layers):
+                if whole:
+                    x = recomputed(block, x, rotary, mask, random=random)
+                else:
+                    x = block(x, rotary, mask, cache.layer(index) if cache is not None else None)
         if cache is not None:
             cache.length += length
-        logits = self.lm_head(self.final_norm(x)).float()  # (B, T, vocab)
-        if targets is None:
-            return logits
-        loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction=reduction)
-        return loss.view_as(targets) if reduction == "none" else loss
+        result: Tensor = self.lm_head(self.final_norm(x), targets, reduction)
+        return result.float()
 
     def _embed(self, input_ids: Tensor, positions: Tensor) -> tuple[Tensor, Rotary | None]:
         x = self.token_embedding(input_ids)  # (B, T, d)
@@ -133,6 +202,19 @@ class Transformer(nn.Module):
             return x + self.position_embedding(positions), None
         assert self.config.head_dim is not None
         return x, reference.rotary_table(positions, self.config.head_dim, self.config.rope_theta)
+
+    def _document_mask(self, input_ids: Tensor, cache: KVCache | None) -> Mask:
+        """The mask that keeps attention within documents; None where the model has none."""
+        if self.config.document_start_id is None:
+            return None
+        queries = (input_ids == self.config.document_start_id).cumsum(dim=1)  # (B, T)
+        if cache is None:
+            return document_mask(queries, queries, self.execution.attention)
+        end = cache.length + input_ids.size(1)
+        if cache.length:
+            queries = queries + cache.documents[:, cache.length - 1, None]
+        cache.documents[:, cache.length : end] = queries
+        return document_mask(queries, cache.documents[:, :end], self.execution.attention)
 
 
 @torch.no_grad()

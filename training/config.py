@@ -1,4 +1,5 @@
-"""RunConfig: what a run's YAML says (blocks model, data, training, deepspeed) and its validation.
+"""RunConfig: what a run's YAML says (blocks model, data, training, deepspeed, execution) and its
+validation.
 
 Precedence: the defaults below, then the YAML of --config, then options such as --training.seed 1.
 """
@@ -9,10 +10,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 import yaml
 
 from data.errors import InputError
 from model.config import ModelConfig
+from model.execution import Execution
 
 CONFIG_FOLDER = Path(__file__).resolve().parent.parent / "configs"
 
@@ -110,6 +113,11 @@ class TrainingConfig:
             f"at most learning_rate {self.learning_rate}",
         )
 
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """What the model computes in."""
+        return torch.bfloat16 if self.precision == "bf16" else torch.float32
+
     def _require(self, name: str, test: Any, allowed: str) -> None:
         value = getattr(self, name)
         if value is not None and not (test(value) and math.isfinite(value)):
@@ -178,12 +186,14 @@ class RunConfig:
         training: How it is trained.
         data: Where the tokens come from.
         deepspeed: What DeepSpeed shards and where.
+        execution: Kernels, compilation and what is recomputed: how, not what.
     """
 
     model: ModelConfig
     training: TrainingConfig
     data: DataConfig = field(default_factory=DataConfig)
     deepspeed: DeepSpeedConfig = field(default_factory=DeepSpeedConfig)
+    execution: Execution = field(default_factory=Execution)
 
     def __post_init__(self) -> None:
         if self.training.seq_len > self.model.max_seq_len:

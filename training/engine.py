@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from model import Transformer, init_weights, initial_value
+from model.configure import configure
+from model.transformer import Block
 from training import distributed
 from training.config import RunConfig
 from training.optimizer import build_optimizer
@@ -63,6 +65,10 @@ class Engine:
         with shard:
             model = Transformer(run.model)
         init_weights(model, run.training.seed, self.gather if self.sharded else _whole)
+        if self.sharded:
+            # A block's parameters are gathered together, by hooks on the block alone: the fused
+            # attention reads those of modules that it does not call.
+            deepspeed.utils.set_z3_leaf_modules(model, [Block])
         with redirect_stdout(io.StringIO()):  # BF16_Optimizer prints memory statistics, always
             self.deepspeed, self.optimizer, _, _ = deepspeed.initialize(
                 model=model, optimizer=build_optimizer(model, run.training), config=config
@@ -71,6 +77,7 @@ class Engine:
         self.skipped_on_device = torch.zeros((), device=device)
         if config["bf16"]["enabled"]:
             self._set_master_weights()
+        self.plan = configure(self.model, run.execution, device, run.training.torch_dtype)
 
     @staticmethod
     def gather(parameter: Tensor) -> Any:

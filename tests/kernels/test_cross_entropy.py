@@ -323,6 +323,26 @@ def test_a_second_backward_pass(reduction):
     assert all(a.equal(b) for a, b in zip(first, second, strict=True))
 
 
+def test_chunks_are_added_up_in_float32():
+    """Each of 400 chunks adds 1, and bfloat16 does not count past 256."""
+    x, weight = torch.ones(1600, 1, dtype=torch.bfloat16), torch.zeros(4, 1, dtype=torch.bfloat16)
+    targets = torch.zeros(1600, dtype=torch.int64)
+    _, _, d_weight = ours(x, weight, None, targets, "mean", torch.tensor(1.0), chunk_tokens=4)
+    assert d_weight.flatten().tolist() == [-0.75, 0.25, 0.25, 0.25]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+def test_the_incoming_gradient_is_not_rounded(dtype):
+    """Its product with the saved gradient is in float32 and rounded once."""
+    x, weight, bias, targets = problem(dtype=dtype)
+    count = (targets != -100).sum().float()
+    _, saved_d_x, *_ = ours(x, weight, bias, targets, "mean", count)  # times count / count
+    incoming = torch.tensor(1.2345)
+    assert (incoming / count).to(dtype).float() != incoming / count
+    _, d_x, *_ = ours(x, weight, bias, targets, "mean", incoming)
+    assert d_x.equal((saved_d_x.float() * (incoming / count)).to(dtype))
+
+
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_under_checkpoint(reduction):
     *inputs, targets = problem()

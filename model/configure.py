@@ -1,0 +1,70 @@
+"""Makes a model run as an Execution says."""
+
+import types
+
+import torch
+
+from kernels.verify import verify
+from model.execution import Execution, Plan, plan
+from model.projection import LowDim
+from model.transformer import Block, Transformer
+
+
+def configure(
+    model: Transformer,
+    execution: Execution,
+    device: torch.device,
+    dtype: torch.dtype,
+    training: bool = True,
+) -> Plan:
+    """Switches kernels, attention, recomputation, loss and compilation of a model on `device`.
+
+    dtype: what it computes in. Triton kernels are run once on the device against their definitions
+    first; where they are wrong, "auto" falls back to plain torch and "triton" is an error. Returns
+    what was chosen. ValueError where the execution cannot be had.
+    """
+    chosen = plan(model.config, execution, device, dtype, training)
+    if chosen.fused:
+        chosen = _verified(model, execution, chosen, device, dtype)
+    model.execution = execution
+    for module in model.modules():
+        if isinstance(module, Block):
+            module.fused = chosen.fused
+            module.recompute_qkv = execution.recompute_qkv and not execution.recompute_blocks
+            module.recompute_ffn = execution.recompute_ffn and not execution.recompute_blocks
+            module.attention.backend = execution.attention
+        elif isinstance(module, LowDim):
+            module.fused = chosen.fused
+    head = model.lm_head
+    head.loss, head.chunk_tokens = execution.loss, execution.loss_chunk_tokens
+    head.compiled = chosen.compiled and training
+    if chosen.compiled:
+        # One compiled function for all: blocks differ in their parameters alone, which are inputs
+        # of the graph. Hooks of a block, such as those of ZeRO stage 3, stay outside of it.
+        compiled = torch.compile(Block.forward, fullgraph=True)
+        for block in model.layers:
+            block.forward = types.MethodType(compiled, block)
+    return chosen
+
+
+def _verified(
+    model: Transformer, execution: Execution, chosen: Plan, device: torch.device, dtype: torch.dtype
+) -> Plan:
+    """The plan, or one without the fused operators where they are wrong on this device."""
+    shapes = model.config.attention_projections()
+    assert model.config.head_dim is not None
+    failure = verify(
+        d=model.config.hidden_size,
+        widths=[shapes[f"{name}_proj"].d_out for name in "qkv"],
+        ranks=[shapes[f"{name}_proj"].rank for name in "qkv"],
+        head_dim=model.config.head_dim,
+        device=device,
+        dtype=dtype,
+    )
+    if not failure:
+        return chosen
+    if execution.kernels == "triton":
+        raise RuntimeError(f"execution.kernels: triton, but on {device} {failure}")
+    lines = [f"kernels: plain torch; the fused operators failed their check: {failure}"]
+    rest = [line for line in chosen.lines if not line.startswith("kernels:")]
+    return Plan(False, chosen.compiled, lines + rest)

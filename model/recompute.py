@@ -1,0 +1,79 @@
+"""Selective recomputation: what the backward pass keeps of a sub-layer, and what it rebuilds.
+
+Bytes per token and layer of activations kept in bf16 for one with d = 1024, r = 256, f = 2736
+(docs/kernels.md has the sums): vanilla 32,800; LPA 34,848 unfused, 26,656 with recompute_qkv,
+19,136 with recompute_ffn too.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
+
+Keep = Callable[..., CheckpointPolicy]
+
+# Kept of an attention sub-layer: what is expensive (attention itself), or small (latents, rstd).
+# low_dim's result is the residual stream, which the next norm keeps anyway.
+_ATTENTION = (
+    "aten::_scaled_dot_product_flash_attention",
+    "aten::_scaled_dot_product_flash_attention_for_cpu",
+    "aten::_scaled_dot_product_efficient_attention",
+    "aten::_scaled_dot_product_cudnn_attention",
+    "flash_attn::",
+    "lpa::row_rstd",
+    "lpa::norm_down",
+    "lpa::low_dim",
+)
+_PRODUCTS = ("aten::mm", "aten::addmm", "lpa::low_dim")
+
+
+def keep_attention(_: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    """The policy of recompute_qkv: q, k and v are rebuilt from the latents."""
+    name = _name(op)
+    kept = name in _ATTENTION or name.startswith("flash_attn::") or name == "flex_attention"
+    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def keep_products(width: int) -> Keep:
+    """The policy of recompute_ffn: of all that is computed only products `width` wide, gate and up,
+    are kept; the norm and the product that enters the last projection are rebuilt.
+    """
+
+    def policy(_: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+        weight = {"aten::mm": 1, "aten::addmm": 2, "lpa::low_dim": 2}.get(_name(op))
+        if weight is None:
+            return CheckpointPolicy.PREFER_RECOMPUTE
+        columns = args[weight].size(0 if _name(op) == "lpa::low_dim" else 1)
+        kept = columns == width
+        return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+    return policy
+
+
+def _name(op: Any) -> str:
+    """ "namespace::name" of an operator, without its overload; the name of a higher-order one."""
+    schema = getattr(op, "_schema", None)
+    return schema.name if schema is not None else op.name()
+
+
+def recomputed(
+    function: Callable[..., Tensor], *args: Any, keep: Keep | None = None, random: bool = False
+) -> Tensor:
+    """function(*args), of which the backward pass keeps the arguments and what `keep` says.
+
+    random: the function draws random numbers (dropout), which must come again.
+    """
+    if not torch.is_grad_enabled():
+        return function(*args)
+    options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": random}
+    if keep is not None:
+        options["context_fn"] = partial(create_selective_checkpoint_contexts, keep)
+    y: Tensor = checkpoint(function, *args, **options)
+    return y
