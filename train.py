@@ -74,6 +74,11 @@ def open_data(run: RunConfig) -> tuple[PreparedData, WindowLoader]:
             f"model.vocab_size is {run.model.vocab_size}; it must be at least "
             f"{data.tokenizer.vocab_size}"
         )
+    if run.model.document_start_id not in (None, data.tokenizer.bos_id):
+        raise InputError(
+            f"model.document_start_id: {run.model.document_start_id}; documents in {run.data.path} "
+            f"begin with token {data.tokenizer.bos_id}"
+        )
     if run.training.validate_every:
         data.split("valid")
     return data, WindowLoader(data.split("train"), run.training.seq_len, run.training.seed)
@@ -154,7 +159,7 @@ def setup(run: RunConfig, data: PreparedData, loader: WindowLoader) -> Job:
     metrics.say(f"resumed from {resumed}" if resumed else "starting from new weights")
     for line in engine.plan.lines:
         metrics.say(line)
-    for warning in run.training.warnings() + run.execution.warnings():
+    for warning in run.warnings():
         metrics.say(f"warning: {warning}")
     return Job(run, folder, data, loader, device, engine, metrics, origin, step)
 

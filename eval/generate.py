@@ -6,7 +6,7 @@ python -m eval.generate --checkpoint RUN_OR_STEP_DIR --prompt "The module"
 import json
 import math
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -18,7 +18,9 @@ from data.errors import InputError, require_folder_of, run_cli
 from data.tokenizer import Tokenizer
 from model import Transformer
 from model.attention import KVCache
+from model.execution import Execution
 from training import checkpoint, distributed
+from training.execution import apply_execution
 
 
 @dataclass
@@ -36,6 +38,7 @@ class GenerateConfig:
         seed: Seeds the sampling.
         precision: "fp32" or "bf16" weights and activations.
         device: "auto" (the GPU where there is one), "cpu" or "cuda".
+        execution: Kernels, attention and compilation, as in a run's YAML.
         output: A JSON file for prompt and texts.
     """
 
@@ -49,6 +52,7 @@ class GenerateConfig:
     seed: int = 0
     precision: Literal["fp32", "bf16"] = "fp32"
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    execution: Execution = field(default_factory=Execution)
     output: str | None = None
 
     def __post_init__(self) -> None:
@@ -134,7 +138,9 @@ def main() -> int:
     folder = checkpoint.resolve(Path(config.checkpoint))
     tokenizer = checkpoint.load_tokenizer(folder)
     dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
-    model = checkpoint.load_model(folder, distributed.evaluation_device(config.device), dtype)
+    device = distributed.evaluation_device(config.device)
+    model = checkpoint.load_model(folder, device, dtype)
+    apply_execution(model, config.execution, device, dtype, training=False)
     prompt = tokenizer.encode_document(config.prompt)
     if len(prompt) >= model.config.max_seq_len:
         raise InputError(

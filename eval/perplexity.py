@@ -11,7 +11,7 @@ import itertools
 import json
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,7 +26,9 @@ from data.errors import InputError, require_folder_of, run_cli
 from data.shards import MANIFEST, PROGRESS, PreparedData, TokenStream
 from data.sources import Reading, file_sources
 from data.tokenizer import Tokenizer
+from model.execution import Execution
 from training import checkpoint, distributed
+from training.execution import apply_execution
 
 IGNORED = -100  # the target that cross-entropy leaves out
 TokenLosses = Callable[[Tensor, Tensor], Tensor]
@@ -164,6 +166,7 @@ class PerplexityConfig:
         text_key: The field of JSONL or Parquet that holds the text.
         precision: "fp32" or "bf16" weights and activations.
         device: "auto" (the GPU where there is one), "cpu" or "cuda".
+        execution: Kernels, attention and compilation, as in a run's YAML.
         output: A JSON file for the result.
     """
 
@@ -177,6 +180,7 @@ class PerplexityConfig:
     text_key: str = "text"
     precision: Literal["fp32", "bf16"] = "fp32"
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    execution: Execution = field(default_factory=Execution)
     output: str | None = None
 
     def __post_init__(self) -> None:
@@ -222,6 +226,7 @@ def main() -> int:
     device = distributed.evaluation_device(config.device)
     dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
     model = checkpoint.load_model(folder, device, dtype)
+    plan = apply_execution(model, config.execution, device, dtype, training=False)
     seq_len = config.seq_len or state["seq_len"]
     if seq_len > model.config.max_seq_len:
         raise InputError(
@@ -248,8 +253,11 @@ def main() -> int:
     ).to_dict()
     result |= {"step": state["step"], "seq_len": seq_len, "stride": config.stride or seq_len}
     result |= {"precision": config.precision, "data": config.data}
+    result |= {"execution": asdict(config.execution), "plan": plan.lines}
     if distributed.rank() == 0:
         for key, value in result.items():
+            if key in ("execution", "plan"):
+                continue
             print(
                 f"{key:<22}{value:>16,.4f}"
                 if isinstance(value, float)

@@ -59,8 +59,8 @@ def linear_cross_entropy(
     gradients are made in the forward pass and stand by for the backward pass, N d + V d numbers;
     for "none" the logits are computed again. compile runs the elementwise part through
     torch.compile. Both settings are for "chunked" alone. No method but "liger" waits for the
-    device. "liger" waits twice, and its gradients are wrong in a second backward pass through the
-    same graph, since the first one scales them in place.
+    device. "liger" waits twice, and for "mean" its gradients are wrong in a second backward pass
+    through the same graph, since the first one scales them in place.
 
     ValueError for shapes, dtypes, devices and settings outside of these, and for "liger" where it
     cannot run.

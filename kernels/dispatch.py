@@ -55,6 +55,13 @@ def usable(
     arch = architecture(device)
     if arch is None:
         return False, "triton is not installed" if not has_triton() else f"the device is {device}"
+    return usable_on(kernel, arch, dtype, n, k, head_dim)
+
+
+def usable_on(
+    kernel: str, arch: int, dtype: torch.dtype, n: int, k: int = 0, head_dim: int = 0
+) -> tuple[configs.Config | bool, str]:
+    """usable() for an architecture (90: sm_90) that need not be at hand."""
     allowed = [torch.float16, torch.float32]
     if arch != configs.INTERPRETER:
         allowed.append(torch.bfloat16)

@@ -118,6 +118,18 @@ def operations(config: ModelConfig) -> dict[str, tuple[str, int, int, int]]:
     }
 
 
+def fused_on(
+    config: ModelConfig, execution: Execution, architecture: int, dtype: torch.dtype
+) -> bool:
+    """Whether blocks use the fused operators on an architecture that need not be at hand."""
+    if execution.kernels == "reference" or unfusible(config):
+        return False
+    return execution.kernels == "triton" or all(
+        dispatch.usable_on(kernel, architecture, dtype, n, k, head_dim)[0]
+        for kernel, n, k, head_dim in operations(config).values()
+    )
+
+
 def plan(
     config: ModelConfig,
     execution: Execution,

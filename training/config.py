@@ -202,6 +202,10 @@ class RunConfig:
                 f"{self.model.max_seq_len}"
             )
 
+    def warnings(self) -> list[str]:
+        """Settings that have no effect or a surprising one."""
+        return self.training.warnings() + self.execution.warnings()
+
     def to_yaml(self) -> str:
         """The resolved configuration, defaults included; --config reads it back to an equal one."""
         return yaml.safe_dump(dataclasses.asdict(self), sort_keys=False)

@@ -57,5 +57,5 @@ def describe(run: RunConfig, result: dict[str, Any]) -> str:
         lines.append(
             f"  {name:>9}{mark}" + "".join(f"{b / 2**30:>11.2f}" for b in by_ranks.values())
         )
-    lines += [f"warning: {warning}" for warning in run.training.warnings()]
+    lines += [f"warning: {warning}" for warning in run.warnings()]
     return "\n".join(lines)

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from model import Transformer, init_weights, initial_value
-from model.configure import configure
 from model.transformer import Block
 from training import distributed
 from training.config import RunConfig
+from training.execution import apply_execution
 from training.optimizer import build_optimizer
 from training.schedule import learning_rate
 
@@ -77,7 +77,8 @@ class Engine:
         self.skipped_on_device = torch.zeros((), device=device)
         if config["bf16"]["enabled"]:
             self._set_master_weights()
-        self.plan = configure(self.model, run.execution, device, run.training.torch_dtype)
+        dtype = run.training.torch_dtype
+        self.plan = apply_execution(self.model, run.execution, device, dtype, training=True)
 
     @staticmethod
     def gather(parameter: Tensor) -> Any:

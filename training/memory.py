@@ -1,6 +1,8 @@
 """Memory that a run needs per rank, by ZeRO stage and number of ranks, from formulas."""
 
+from kernels.cross_entropy import CHUNK_LOGITS
 from model.config import ModelConfig
+from model.execution import Execution, fused_on
 from training.config import RunConfig
 
 STAGES = (0, 1, 2, 3)
@@ -26,34 +28,85 @@ def state_bytes(run: RunConfig, stage: int, world_size: int) -> dict[str, int]:
     }
 
 
-def activation_bytes(model: ModelConfig, tokens: int, element: int, autocast: bool = False) -> int:
-    """Bytes that the forward pass of `tokens` tokens keeps for the backward pass, without logits.
+def activation_bytes(
+    model: ModelConfig,
+    tokens: int,
+    element: int,
+    autocast: bool = False,
+    execution: Execution | None = None,
+    fused: bool = False,
+) -> int:
+    """Bytes that the forward pass of `tokens` tokens keeps for the backward pass, without logits,
+    and with recomputation the layer that the backward pass has rebuilt at the time.
 
     Per token and layer, in elements: both norms' inputs and outputs 4d; q and the attention's
     output 2·H·D, k and v 2·H_kv·D, the softmax statistics H (fp32); the latents of low-dimensional
     projections r each; the feed-forward network 4f (SwiGLU: gate, up, silu(gate), their product) or
     f (ReLU). Dropout adds a byte an element twice. Outside: the final norm's input and output 2d.
     Autocast keeps the norms' inputs in fp32 and a cast copy for each projection that reads the
-    residual stream, instead of the first 4d.
+    residual stream, instead of the first 4d. Of this
+    - the fused operators leave out the output of the attention's norm, d, and add its rstd (fp32);
+    - recompute_qkv leaves out that output too, q, k and v, and unfused the latents of attention;
+    - recompute_ffn leaves out the output of the other norm and all of the network but gate and up
+      (ReLU: the product before it, which is all there is) and the latents of fused projections;
+    - recompute_blocks keeps the block's input, d, alone.
+    Compiled blocks keep about as much as recompute_ffn does: Inductor rebuilds what is cheap.
     """
+    execution = execution or Execution()
+    full = _layer_bytes(model, element, autocast, Execution(), fused)
+    kept = _layer_bytes(model, element, autocast, execution, fused)
+    d = model.hidden_size
+    final = d * (4 + element) if autocast else 2 * d * element
+    return tokens * (model.num_layers * kept + (full - kept) + final)
+
+
+def _layer_bytes(
+    model: ModelConfig, element: int, autocast: bool, execution: Execution, fused: bool
+) -> int:
+    """What one block keeps per token; see activation_bytes."""
     assert model.head_dim is not None
     assert model.num_kv_heads is not None
     d, f = model.hidden_size, model.intermediate_size
-    latents = sum(p.rank or 0 for p in model.block_projections().values())
-    wide = 2 * model.num_heads * model.head_dim + 2 * model.num_kv_heads * model.head_dim
-    readers, hidden = (5, 4 * f) if model.family == "llama" else (4, f)
-    stream = 2 * d * 4 + readers * d * element if autocast else 4 * d * element
+    stream = 4 if autocast else element  # bytes of an element of the residual stream
+    if execution.recompute_blocks:
+        return d * stream
+    attention, network = model.attention_projections(), model.feed_forward_projections()
+    llama = model.family == "llama"
+    qkv = (model.num_heads + 2 * model.num_kv_heads) * model.head_dim
+    latents = sum(p.rank or 0 for p in attention.values())
+    kept = [model.num_heads * model.head_dim]  # the attention's output
+    if not execution.recompute_qkv:
+        # Autocast casts the norm's fp32 output once for each of the three projections.
+        kept += [qkv, latents, 0 if fused else d * (3 if autocast and llama else 1)]
+    elif fused:
+        kept.append(latents)
+    if execution.recompute_ffn:
+        kept.append((2 if llama else 1) * f)
+        if fused:
+            kept += [p.rank for p in network.values() if p.rank]
+    else:
+        kept.append((4 if llama else 1) * f + sum(p.rank or 0 for p in network.values()))
+        kept.append(d * (2 if autocast and llama else 1))
+    statistics = 4 * model.num_heads + (4 if fused else 0)
     dropped = 2 * d if model.dropout else 0
-    layer = stream + (wide + latents + hidden) * element + 4 * model.num_heads + dropped
-    final = d * (4 + element) if autocast else 2 * d * element
-    return tokens * (model.num_layers * layer + final)
+    return 2 * d * stream + sum(kept) * element + statistics + dropped
 
 
-def logits_bytes(model: ModelConfig, tokens: int, element: int) -> int:
-    """Bytes of the logits of `tokens` tokens at their peak: as computed (when not fp32), in fp32,
-    their log-softmax and its gradient.
+def logits_bytes(
+    model: ModelConfig, tokens: int, element: int, execution: Execution | None = None
+) -> int:
+    """Bytes at the peak of the loss: the logits of a chunk of tokens as computed (when not fp32) and
+    in fp32, their log-softmax and its gradient; where there are several chunks, also the gradients
+    of the head's weight, summed in fp32, and of its input.
     """
-    return tokens * model.vocab_size * (12 if element == 4 else 12 + element)
+    execution = execution or Execution()
+    chunk = tokens
+    if execution.loss != "whole":
+        chunk = min(tokens, execution.loss_chunk_tokens or max(1, CHUNK_LOGITS // model.vocab_size))
+    logits = chunk * model.vocab_size * (12 if element == 4 else 12 + element)
+    if chunk == tokens:
+        return logits
+    return logits + model.hidden_size * (model.vocab_size * 4 + tokens * element)
 
 
 def bytes_per_rank(run: RunConfig, stage: int, world_size: int) -> dict[str, int]:
@@ -66,10 +119,14 @@ def bytes_per_rank(run: RunConfig, stage: int, world_size: int) -> dict[str, int
     element = 2 if training.precision == "bf16" else 4
     parts = state_bytes(run, stage, world_size)
     autocast = training.precision == "bf16" and stage == 0
-    parts["activations"] = activation_bytes(run.model, tokens, element, autocast)
+    # On the CPU "auto" means plain torch; the table is for GPUs, and an H100's kernels.
+    fused = fused_on(run.model, run.execution, 90, run.training.torch_dtype)
+    parts["activations"] = activation_bytes(
+        run.model, tokens, element, autocast, run.execution, fused
+    )
     if autocast:
         parts["weights"] += (
             2 * run.model.num_parameters()
         )  # the copies that autocast makes and keeps
-    parts["logits"] = logits_bytes(run.model, tokens, element)
+    parts["logits"] = logits_bytes(run.model, tokens, element, run.execution)
     return parts

@@ -2,7 +2,8 @@
 
     python -m kernels.bench --output results.json
 
-operations.py  what is measured: each operation in three forms, its FLOPs and its minimal bytes
+operations.py  what is measured: operations, providers, FLOPs and minimal bytes
+forms.py       each operation in three forms: eager, stacked, fused
 inputs.py      random inputs, and a provider's function bound to them
 gate.py        the comparison with the definition that comes before any timing
 timing.py      clocks, interleaved repeats, quantiles

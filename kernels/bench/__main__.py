@@ -45,8 +45,8 @@ def run(options: Namespace, argv: Sequence[str]) -> dict[str, Any]:
         result["cases"].append(case)
         if device.type == "cuda":
             result["verdict"] = report.verdict(result["cases"])
-        print(table.case_table(case), end="\n\n", flush=True)
         save(result, options)
+        print(table.case_table(case), end="\n\n", flush=True)
     result["seconds"] = time.monotonic() - begun
     save(result, options)
     return result
@@ -71,11 +71,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("warning: --plot: matplotlib is not installed; nothing is drawn", file=sys.stderr)
     try:
         result = run(options, argv)
-        if drawing:
+        if drawing and result["cases"]:
             report.write(options.plot, table.plot(result["cases"], options.plot.suffix[1:]))
     except OSError as error:
-        print(f"error: {error.filename or 'output'}: {error.strerror}", file=sys.stderr)
+        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("interrupted; the cases that are printed are saved", file=sys.stderr)
+        return 130
     print(table.LEGEND)
     if result["not_run"]:
         print(f"not run, after {options.minutes:g} minutes: {len(result['not_run'])} cases")

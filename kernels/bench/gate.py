@@ -45,10 +45,12 @@ class Gate:
         exact = given.to(torch.float64 if wide else torch.float32)
         self.exact = Run(operation.eager, "eager", operation, exact).results()
         eager = Run(operation.eager, "eager", operation, given).results()
-        rounding = torch.finfo(dtype).eps
-        self.limits = {
-            name: 2 * row_error(eager[name], value) + rounding for name, value in self.exact.items()
-        }
+        self.limits = {}
+        for name, value in self.exact.items():
+            error = row_error(eager[name], value)
+            if not math.isfinite(error):
+                raise WrongError(f"{name} of eager itself is not finite in {dtype}")
+            self.limits[name] = 2 * error + torch.finfo(dtype).eps
 
     def check(self, run: Run) -> dict[str, Any]:
         """The result nearest to its limit, its error and its limit; WrongError where it is over."""

@@ -239,6 +239,8 @@ def write(path: Path, content: str | bytes) -> None:
     try:
         aside.write_bytes(content.encode() if isinstance(content, str) else content)
         os.replace(aside, path)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None
     finally:
         aside.unlink(missing_ok=True)
 

@@ -42,7 +42,7 @@ def _number(value: float | None, scale: float = 1.0) -> str:
 def paths_line(paths: Sequence[Row]) -> str:
     """Which kernels Triton computed, and which plain torch did and why."""
     if not paths:
-        return "no operation with a Triton kernel"
+        return "plain matrix products, no Triton kernel"
     parts = []
     for path in ("triton", "reference"):
         for reason in dict.fromkeys(p["reason"] for p in paths if p["path"] == path):

@@ -23,6 +23,7 @@ import torch
 from kernels.bench.operations import Tensors
 
 WARM_UP = 3  # rounds
+BUFFER_BYTES = 2**28  # at least
 REPEATS = (10, 100)  # at least and at most, where seconds decide
 SPACER_WRITES = 60  # at most: about 4 ms of an H200
 
@@ -69,7 +70,7 @@ class CPUClock:
 class CUDAClock:
     def __init__(self, device: torch.device) -> None:
         cache = torch.cuda.get_device_properties(device).L2_cache_size
-        self.buffer = torch.empty(max(2 * cache, 2**28), dtype=torch.uint8, device=device)
+        self.buffer = torch.empty(max(2 * cache, BUFFER_BYTES), dtype=torch.uint8, device=device)
         self.start, self.middle, self.end = (torch.cuda.Event(enable_timing=True) for _ in range(3))
         writes = 10
         for value in range(2):  # the first time warms up

@@ -6,7 +6,20 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from kernels.reference import apply_rotary, low_dim_linear, rms_norm, rotary_table
+from kernels.reference import (
+    apply_rotary,
+    fold,
+    low_dim_linear,
+    norm_backward,
+    norm_backward_matmul,
+    project,
+    rms_norm,
+    rotary_table,
+    rotate,
+    row_rstd,
+    scale_and_dot,
+    unrotate,
+)
 
 F64 = torch.float64
 
@@ -163,3 +176,161 @@ def test_gradients():
     inputs = (leaf(2, 3), leaf(2, 3, seed=1), leaf(4, 2, seed=2))
     assert check(low_dim_linear, inputs)
     assert check(low_dim_linear, (*inputs, leaf(2, seed=3), leaf(4, seed=4)))
+
+
+# --- the pieces of the custom operators ---------------------------------------------------------
+
+
+def rms(x: torch.Tensor, eps: float) -> torch.Tensor:
+    """sqrt(mean(x²) + eps) of each row (M, d) -> (M, 1)."""
+    return torch.sqrt(torch.einsum("md,md->m", x, x) / x.size(1) + eps)[:, None]
+
+
+@pytest.mark.parametrize("eps", [1e-6, 0.5])
+def test_row_rstd_formula(eps):
+    x = randn(3, 7)
+    expected = [1 / math.sqrt(math.fsum(v * v for v in row) / 7 + eps) for row in x.tolist()]
+    assert_close(row_rstd(x, eps), torch.tensor(expected, dtype=F64), rtol=1e-14, atol=0)
+    assert_close(row_rstd(torch.zeros(2, 7, dtype=F64), eps)[1].item(), eps**-0.5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_row_rstd_is_float32(dtype):
+    """300² is over float16's range, and 4096 squares added in bfloat16 would stop growing."""
+    x = (randn(3, 4096) * 300).to(dtype)
+    result = row_rstd(x, 1e-6)
+    assert result.dtype == torch.float32
+    assert_close(result.double(), row_rstd(x.double(), 1e-6), rtol=1e-6, atol=0)
+
+
+def test_folded_weights_give_the_normalised_product():
+    """rstd · (x foldedᵀ) = RMSNorm(x) Wᵀ, in the order of the weights."""
+    x, w = randn(4, 7), randn(7, seed=1)
+    weights = [randn(n, 7, seed=2 + n) for n in (3, 1, 5)]
+    folded = fold(w, weights)
+    assert folded.shape == (9, 7)
+    x_hat = x / rms(x, 0.5) * w
+    expected = torch.cat([torch.einsum("md,nd->mn", x_hat, weight) for weight in weights], dim=1)
+    assert_close(row_rstd(x, 0.5)[:, None] * (x @ folded.T), expected, rtol=1e-12, atol=1e-13)
+
+
+def angles_of(positions: list[int], half: int) -> torch.Tensor:
+    """exp(j · position · 100^(-i / half)) (T, half)."""
+    values = [[p * 100 ** (-i / half) for i in range(half)] for p in positions]
+    return torch.polar(torch.ones(len(positions), half, dtype=F64), torch.tensor(values, dtype=F64))
+
+
+def turned_rows(x: torch.Tensor, turns: torch.Tensor, head_dim: int) -> torch.Tensor:
+    """Row m (head by head) times turns[m mod T], as complex numbers x_i + j x_{i+D/2}."""
+    result, half = x.clone(), head_dim // 2
+    for m in range(x.size(0)):
+        for start in range(0, x.size(1), head_dim):
+            first = x[m, start : start + half]
+            second = x[m, start + half : start + head_dim]
+            z = torch.complex(first, second) * turns[m % len(turns)]
+            result[m, start : start + half], result[m, start + half : start + head_dim] = (
+                z.real,
+                z.imag,
+            )
+    return result
+
+
+TURNS = angles_of([0, 3, 11], 2)  # T = 3, D = 4
+TABLE = (TURNS.real, TURNS.imag)
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("rotated", [False, True])
+def test_project_formula(scaled, rotated):
+    """M = 6 rows are two sequences of T = 3; n = 8 columns are two heads of D = 4."""
+    x, weight = randn(6, 5), randn(8, 5, seed=1)
+    rstd = randn(6, seed=2).abs() if scaled else None
+    expected = torch.einsum("mk,nk->mn", x, weight)
+    if rstd is not None:
+        expected = torch.diag(rstd) @ expected
+    if rotated:
+        expected = turned_rows(expected, TURNS, 4)
+        result = project(x, weight, rstd, *TABLE, 4)
+    else:
+        result = project(x, weight, rstd)
+    assert_close(result, expected, rtol=1e-12, atol=1e-13)
+
+
+def test_rotate_is_a_complex_rotation_of_each_row():
+    x = randn(6, 8)
+    assert_close(rotate(x, *TABLE, 4), turned_rows(x, TURNS, 4), rtol=1e-13, atol=1e-14)
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_unrotate_is_a_rotation_by_the_opposite_angle(scaled):
+    x = randn(6, 8)
+    rstd = randn(6, seed=2).abs() if scaled else None
+    expected = turned_rows(x, TURNS.conj(), 4)
+    if rstd is not None:
+        expected = torch.diag(rstd) @ expected
+    assert_close(unrotate(x, *TABLE, 4, rstd), expected, rtol=1e-13, atol=1e-14)
+
+
+def test_unrotate_is_the_inverse_and_the_adjoint_of_rotate():
+    x, y = randn(6, 8), randn(6, 8, seed=1)
+    assert_close(unrotate(rotate(x, *TABLE, 4), *TABLE, 4), x)
+    assert_close(rotate(unrotate(x, *TABLE, 4), *TABLE, 4), x)
+    assert not torch.allclose(rotate(x, *TABLE, 4), x, atol=0.1)
+    inner = (rotate(x, *TABLE, 4) * y).sum()
+    assert_close(inner, (x * unrotate(y, *TABLE, 4)).sum())
+    leaf_x = x.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(rotate(leaf_x, *TABLE, 4), leaf_x, y)
+    assert_close(unrotate(y, *TABLE, 4), gradient)
+
+
+@pytest.mark.parametrize("residual", [False, True])
+def test_the_gradient_of_a_normalised_product(residual):
+    """scale_and_dot and norm_backward_matmul: the gradient of h = x / rms(x) Aᵀ for x, by torch."""
+    x, a = leaf(4, 7), randn(3, 7, seed=1)
+    dh = randn(4, 3, seed=2)
+    d_residual = randn(4, 7, seed=3) if residual else None
+    h = torch.einsum("md,rd->mr", x / rms(x, 0.5), a)
+    (expected,) = torch.autograd.grad(h, x, dh)
+    if d_residual is not None:
+        expected = expected + d_residual
+    with torch.no_grad():
+        rstd = 1 / rms(x, 0.5)[:, 0]
+        dhs, coefficient = scale_and_dot(dh, h, rstd)
+        assert_close(dhs, torch.diag(rstd) @ dh)
+        assert_close(coefficient, rstd**2 * torch.diag(dh @ h.T))
+        dx = norm_backward_matmul(dhs, a, x, coefficient, d_residual)
+    assert_close(dx, expected, rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("residual", [False, True])
+def test_the_gradient_of_a_normalised_input(residual):
+    """norm_backward: the gradient of y = x / rms(x) for x, by torch, from dy / rms(x)."""
+    x, dy = leaf(4, 7), randn(4, 7, seed=2)
+    d_residual = randn(4, 7, seed=3) if residual else None
+    (expected,) = torch.autograd.grad(x / rms(x, 0.5), x, dy)
+    if d_residual is not None:
+        expected = expected + d_residual
+    with torch.no_grad():
+        rstd = 1 / rms(x, 0.5)[:, 0]
+        dx = norm_backward(dy * rstd[:, None], x, rstd, d_residual)
+    assert_close(dx, expected, rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_pieces_return_the_dtype_of_their_input(dtype):
+    """Scales are float32, and so is the coefficient; what they scale keeps its dtype."""
+    x, a, rstd = randn(6, 8).to(dtype), randn(8, 8, seed=1).to(dtype), randn(6, seed=2).float()
+    table = [t.float() for t in TABLE]
+    dhs, coefficient = scale_and_dot(x, x, rstd)
+    assert coefficient.dtype == torch.float32
+    exact = (rstd**2).double() * x.double().square().sum(dim=1)
+    assert_close(coefficient.double(), exact, rtol=1e-6, atol=0)
+    for result in (
+        project(x, a, rstd),
+        project(x, a, rstd, *table, 4),
+        unrotate(x, *table, 4, rstd),
+        dhs,
+        norm_backward_matmul(dhs, a, x, coefficient, x),
+        norm_backward(x, x, rstd, None),
+    ):
+        assert result.dtype == dtype
