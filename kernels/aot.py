@@ -50,8 +50,7 @@ TENSOR_MEMORY_COLUMNS = 512
 
 # Besides bfloat16, at every size for every architecture: what the tests on a GPU also run. 370m has
 # every tile of the half-precision table; float32 has one more tile for heads of 128, at 3b.
-ALSO = {80: (("fp16", "370m"), ("fp32", "370m"), ("fp32", "3b"))}
-ALSO[90] = ALSO[80]
+ALSO = dict.fromkeys((80, 90), (("fp16", "370m"), ("fp32", "370m"), ("fp32", "3b")))
 
 # Odd numbers of rows and positions: Triton compiles them for any value, as it does at run time for
 # one that is neither 1 nor a multiple of 16.
@@ -176,16 +175,15 @@ def _products(architecture: int, size: configs.Size, kind: Any) -> Iterator[tupl
     exact = kind == torch.float32
     x, rstd = empty(ROWS, d), empty(ROWS, dtype=torch.float32)
     h = empty(ROWS, 3 * r).split(r, dim=1)[1]
-    cos = sin = empty(POSITIONS, width // 2, dtype=torch.float32)
+    cos = empty(POSITIONS, width // 2, dtype=torch.float32)
 
     def project(x: torch.Tensor, n: int, scaled: bool, rotated: bool) -> Any:
-        turned = width if rotated else 0
+        turned, angle = (width, cos) if rotated else (0, None)
         config, reason = configs.find("project", architecture, n, x.size(1), turned, exact)
-        table = (cos, sin) if rotated else (None, None)
-        weight, scale = empty(n, x.size(1)), rstd if scaled else None
         if config is None:
             return reason
-        return lambda: launch.project(x, weight, scale, *table, width, config)
+        weight, scale = empty(n, x.size(1)), rstd if scaled else None
+        return lambda: launch.project(x, weight, scale, angle, angle, width, config)
 
     yield "norm_down", project(x, 3 * r, True, False)
     for heads, n in (("", d), (", one kv head", width)):
@@ -193,16 +191,10 @@ def _products(architecture: int, size: configs.Size, kind: Any) -> Iterator[tupl
         yield f"norm_qkv, rotated{heads}", project(x, n, True, True)
         yield f"norm_qkv, not rotated{heads}", project(x, n, True, False)
     config, reason = configs.find("norm_backward_matmul", architecture, d, 3 * r, 0, exact)
+    backward = functools.partial(launch.norm_backward_matmul, empty(ROWS, 3 * r), empty(3 * r, d))
     for name, residual in (("", None), (" + residual", x)):
-        yield (
-            f"norm_down backward{name}",
-            reason
-            if config is None
-            else functools.partial(
-                launch.norm_backward_matmul,
-                *(empty(ROWS, 3 * r), empty(3 * r, d), x, rstd, residual, config),
-            ),
-        )
+        made = reason if config is None else functools.partial(backward, x, rstd, residual, config)
+        yield f"norm_down backward{name}", made
 
 
 def _row_kernels(columns: int, latents: int, kind: Any) -> Iterator[tuple[str, Any]]:
@@ -275,7 +267,7 @@ class Readings:
         tensor_core: Tensor-core instructions (HMMA, HGMMA, UTC*MMA).
         warnings: Of ptxas, code C75xx: it changed asynchronous dots.
         depths: For each dot, the number of buffers behind either operand; 0: in registers.
-        loads: Global loads by bits of a thread, "async" those into shared memory.
+        loads, copies: Global loads and copies into shared memory, by bits a thread takes at once.
         pending: Of each wait for wgmma inside of a loop: the groups left running.
         unguarded: Writes to shared memory after a wait for wgmma with no barrier between them.
     """
@@ -290,7 +282,7 @@ class Readings:
     warnings: tuple[str, ...] = ()
     depths: tuple[tuple[int, int], ...] = ()
     loads: dict[str, int] = dataclasses.field(default_factory=dict)
-    async_loads: dict[str, int] = dataclasses.field(default_factory=dict)
+    copies: dict[str, int] = dataclasses.field(default_factory=dict)
     pending: tuple[int, ...] = ()
     unguarded: int = 0
 
@@ -315,7 +307,9 @@ def operand_depths(ttgir: str) -> tuple[tuple[int, int], ...]:
     An operand is followed back, through element-wise code where there is some, to the
     `memdesc_index` that picks one of the buffers: memdesc<3x128x64xbf16> -> memdesc<128x64xbf16>.
     """
-    definitions = dict(re.findall(r"^\s*(%\w+)(?::\d+)? = (.*)$", ttgir, re.MULTILINE))
+    definitions = {}
+    for results, text in re.findall(r"^\s*(%\w+(?::\d+)?(?:, %\w+)*) = (.*)$", ttgir, re.MULTILINE):
+        definitions |= dict.fromkeys(re.findall(r"%\w+", results), text)
     for first in re.findall(r"iter_args\((.*?)\)", ttgir):  # an argument of a loop: its first value
         definitions.update(pair.split(" = ") for pair in first.split(", "))
 
@@ -394,22 +388,17 @@ def unguarded_writes(ptx: str) -> int:
     return len(found)
 
 
-def read_machine_code(sass: str) -> dict[str, Any]:
-    """Tensor-core instructions and global loads by width, from the disassembly."""
+def widths_of_loads(ptx: str) -> dict[str, Any]:
+    """How many global loads and copies to shared memory take how many bits at once."""
     loads: Counter[str] = Counter()
-    async_loads: Counter[str] = Counter()
-    for name, suffix in re.findall(r"\b(LDG|LDGSTS)((?:\.\w+)*)[ ;]", sass):
-        width = next((w for w in ("256", "128", "64", "16", "8") if _has_width(suffix, w)), "32")
-        (loads if name == "LDG" else async_loads)[width] += 1
-    return {
-        "tensor_core": len(re.findall(r"\b(?:HMMA|HGMMA|UTC\w*MMA)\b", sass)),
-        "loads": dict(sorted(loads.items())),
-        "async_loads": dict(sorted(async_loads.items())),
-    }
-
-
-def _has_width(suffix: str, bits: str) -> bool:
-    return any(part in (bits, f"U{bits}", f"S{bits}") for part in suffix.split("."))
+    for suffix in re.findall(r"\bld\.global(\S*)", ptx):
+        vector = re.search(r"\.v(\d)\b", suffix)
+        bits = re.search(r"\.[bufs](\d+)$", suffix)
+        assert bits is not None, f"a load without a type: ld.global{suffix}"
+        loads[str(int(vector[1] if vector else 1) * int(bits[1]))] += 1
+    copied = r"\bcp\.async\.c[ag]\.\S+\s*\[[^]]*\],\s*\[[^]]*\],\s*(\w+)"
+    copies = Counter(str(8 * int(size, 0)) for size in re.findall(copied, ptx))
+    return {"loads": dict(sorted(loads.items())), "copies": dict(sorted(copies.items()))}
 
 
 def compile_and_read(architecture: int, launch: Launch) -> Readings:
@@ -433,18 +422,19 @@ def compile_and_read(architecture: int, launch: Launch) -> Readings:
         with tempfile.TemporaryDirectory() as cache, _environment(TRITON_CACHE_DIR=cache):
             with contextlib.redirect_stdout(printed):
                 compiled = triton.compile(source, target=target, options=dict(launch.options))
-            sass = _disassemble(compiled.asm["cubin"], Path(cache) / "kernel.cubin")
+            code = _disassembled(compiled.asm["cubin"], cache) if launch.multiplies else ""
     except Exception as error:  # whatever stage refuses, it is that variant's result
         return Readings(error=_one_line(error))
-    hopper = architecture == 90
+    ptx, hopper = compiled.asm["ptx"], architecture == 90
     return Readings(
         shared=compiled.metadata.shared,
         tensor_memory=getattr(compiled.metadata, "tmem_size", 0) or 0,
+        tensor_core=len(re.findall(r"\b(?:HMMA|HGMMA|UTC\w*MMA)\b", code)),
         depths=operand_depths(compiled.asm["ttgir"]),
-        pending=pending_groups(compiled.asm["ptx"]) if hopper else (),
-        unguarded=unguarded_writes(compiled.asm["ptx"]) if hopper else 0,
+        pending=pending_groups(ptx) if hopper else (),
+        unguarded=unguarded_writes(ptx) if hopper else 0,
         **read_log(printed.getvalue()),
-        **read_machine_code(sass),
+        **widths_of_loads(ptx),
     )
 
 
@@ -464,11 +454,12 @@ def _environment(**changes: str) -> Iterator[None]:
                 os.environ[name] = value
 
 
-def _disassemble(cubin: bytes, path: Path) -> str:
+def _disassembled(cubin: bytes, folder: str) -> str:
     from triton import knobs
 
+    path = Path(folder) / "kernel.cubin"
     path.write_bytes(cubin)
-    command = [knobs.nvidia.nvdisasm.path, "-c", str(path)]
+    command = [knobs.nvidia.nvdisasm.path, "--print-code", "--no-dataflow", str(path)]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
@@ -521,8 +512,8 @@ def tensor_cores_used(variant: Variant, read: Readings) -> str | None:
     """Products in half precision run on tensor cores. A tile or layout that these do not take
     compiles all the same, to scalar code ten times slower.
     """
-    wanted = _asynchronous(variant, (80, 90, 100))
-    return "no tensor-core instruction" if wanted and not read.tensor_core else None
+    missing = _half_product(variant) and not read.tensor_core
+    return "no tensor-core instruction" if missing else None
 
 
 def not_serialised(variant: Variant, read: Readings) -> str | None:
@@ -541,7 +532,7 @@ def buffers_are_deep_enough(variant: Variant, read: Readings) -> str | None:
     if variant.launch is None or not variant.launch.multiplies:
         return None
     stages = dict(variant.launch.options)["num_stages"]
-    least = stages if _asynchronous(variant, (90,)) else 1
+    least = stages if _hopper_product(variant) else 1
     bad = [pair for pair in read.depths if pair[0] != pair[1] or min(pair) < least]
     if bad or not read.depths:
         found = ", ".join(f"{a} and {b}" for a, b in bad) or "no dot"
@@ -553,13 +544,17 @@ def loads_are_vectorised(variant: Variant, read: Readings) -> str | None:
     """Global loads take 16 bytes a thread; per-row factors alone may take 4. A pointer or stride
     whose divisibility by 16 is lost gives loads of 2 bytes, and no copies past the registers.
     """
-    wide = sum(n for loads in (read.loads, read.async_loads) for w, n in loads.items() if _wide(w))
-    narrow = {f"{n} of {w} bits" for w, n in read.async_loads.items() if not _wide(w)}
-    allowed = ("32",) if variant.launch is not None and variant.launch.row_vectors else ()
-    narrow |= {f"{n} of {w} bits" for w, n in read.loads.items() if not _wide(w, allowed)}
-    if wide and not narrow:
-        return None
-    return f"narrow loads: {', '.join(sorted(narrow))}" if narrow else "no load of 128 bits"
+    rows = variant.launch is not None and variant.launch.row_vectors
+    found = [("load", *item, 32 if rows else 128) for item in read.loads.items()]
+    found += [("copy", *item, 128) for item in read.copies.items()]
+    if not any(int(width) >= 128 for _, width, _, _ in found):
+        return f"none of 128 bits: {read.loads} loads, {read.copies} copies"
+    narrow = [
+        f"{kind} of {width} bits, {count} times"
+        for kind, width, count, least in found
+        if int(width) < 128 and int(width) != least
+    ]
+    return "; ".join(narrow) or None
 
 
 def barrier_before_reuse(variant: Variant, read: Readings) -> str | None:
@@ -576,7 +571,7 @@ def dots_stay_asynchronous(variant: Variant, read: Readings) -> str | None:
     """On sm_90 the loop waits for the dot before last, not for its own. Measured: warp
     specialisation and fused second products wait for all, and loads and dots then take turns.
     """
-    if not _asynchronous(variant, (90,)):
+    if not _hopper_product(variant):
         return None
     if not read.pending:
         return "no wait for wgmma inside of a loop"
@@ -597,23 +592,20 @@ RULES: tuple[Callable[[Variant, Readings], str | None], ...] = (
 
 
 def violations(variant: Variant, read: Readings) -> list[str]:
-    """What is wrong with a compiled variant: "rule: finding". What did not compile breaks `compiles`
-    alone.
-    """
+    """What is wrong with a variant, "rule: finding"; `compiles` alone where nothing compiled."""
     rules = (compiles,) if variant.launch is None or read.error else RULES
     said = ((rule.__name__, rule(variant, read)) for rule in rules)
     return [f"{name}: {message}" for name, message in said if message is not None]
 
 
-def _asynchronous(variant: Variant, architectures: tuple[int, ...]) -> bool:
-    """A matrix product in half precision for one of these architectures."""
-    launch = variant.launch
-    fits = variant.architecture in architectures and variant.dtype != "fp32"
-    return fits and launch is not None and launch.multiplies
+def _half_product(variant: Variant) -> bool:
+    """A matrix product of half-precision operands: float32 is multiplied without tensor cores."""
+    return variant.launch is not None and variant.launch.multiplies and variant.dtype != "fp32"
 
 
-def _wide(width: str, besides: tuple[str, ...] = ()) -> bool:
-    return width in ("128", "256", *besides)
+def _hopper_product(variant: Variant) -> bool:
+    """A matrix product that runs as wgmma."""
+    return _half_product(variant) and variant.architecture == 90
 
 
 def _warps(variant: Variant) -> int:

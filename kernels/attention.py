@@ -33,10 +33,12 @@ _SINGLE = {
 }
 
 
-def check_backend(backend: Backend, device: torch.device, dtype: torch.dtype, masked: bool) -> str:
+def check_backend(
+    backend: Backend, device: torch.device, dtype: torch.dtype, masked: bool, training: bool
+) -> str:
     """What computes attention, in words for the log; ValueError where it cannot be had.
 
-    masked: with a document mask.
+    masked: with a document mask. training: with a backward pass.
     """
     cuda = device.type == "cuda"
     if backend in ("cudnn", "efficient", "flash_attn") and not cuda:
@@ -52,12 +54,15 @@ def check_backend(backend: Backend, device: torch.device, dtype: torch.dtype, ma
             f"attention: {backend} takes no document mask; allowed are auto, flex, math"
             + (", cudnn, efficient" if cuda else "")
         )
+    if masked and backend == "flex":
+        if training and not cuda:
+            raise ValueError(f"attention: flex trains on a GPU alone; the device is {device}")
+        return "FlexAttention"
     if backend == "flash_attn":
         return "flash_attn"
-    if backend == "flex":
-        return "FlexAttention"
-    order = ", ".join(b.name.removesuffix("_ATTENTION").lower() for b in _order(backend, device))
-    return f"torch SDPA ({order or 'its own choice'})"
+    names = [b.name.removesuffix("_ATTENTION").lower() for b in _order(backend, device)]
+    line = f"torch SDPA ({', '.join(names) or 'its own choice'})"
+    return line + ("; flex is for document masks" if backend == "flex" else "")
 
 
 def _order(backend: Backend, device: torch.device) -> list[SDPBackend]:

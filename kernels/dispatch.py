@@ -67,11 +67,12 @@ def usable_on(
         allowed.append(torch.bfloat16)
     if dtype not in allowed:
         return False, f"no kernel for {dtype}"
+    if arch not in (*configs.ARCHITECTURES, configs.INTERPRETER):
+        known = ", ".join(f"sm_{a}" for a in configs.ARCHITECTURES)
+        return False, f"sm_{arch} has no tested configuration; {known} have"
     if kernel in configs.KERNELS:
         config, reason = configs.find(kernel, arch, n, k, head_dim, dtype == torch.float32)
         return config or False, reason
-    if arch not in (*configs.ARCHITECTURES, configs.INTERPRETER):
-        return False, f"sm_{arch} has no tested configuration"
     if n > WIDEST_ROW:
         return False, f"rows of {n} are over {WIDEST_ROW}"
     if head_dim and head_dim & (head_dim - 1):

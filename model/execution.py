@@ -124,7 +124,9 @@ def fused_on(
     """Whether blocks use the fused operators on an architecture that need not be at hand."""
     if execution.kernels == "reference" or unfusible(config):
         return False
-    return execution.kernels == "triton" or all(
+    if execution.kernels == "triton":
+        return True
+    return dtype != torch.float32 and all(
         dispatch.usable_on(kernel, architecture, dtype, n, k, head_dim)[0]
         for kernel, n, k, head_dim in operations(config).values()
     )
@@ -141,10 +143,8 @@ def plan(
     fused, lines = _plan_kernels(config, execution, device, dtype)
     masked = config.document_start_id is not None
     try:
-        lines.append(
-            f"attention: {check_backend(execution.attention, device, dtype, masked)}"
-            + (", within documents" if masked else "")
-        )
+        backend = check_backend(execution.attention, device, dtype, masked, training)
+        lines.append(f"attention: {backend}{', within documents' if masked else ''}")
     except ValueError as error:
         raise ValueError(f"execution.{error}") from None
     cuda = device.type == "cuda"
@@ -168,6 +168,13 @@ def _plan_kernels(
     if execution.kernels == "reference":
         return False, ["kernels: plain torch, as asked for"]
     reason = unfusible(config)
+    if (
+        not reason
+        and execution.kernels == "auto"
+        and dtype == torch.float32
+        and device.type == "cuda"
+    ):
+        return False, ["kernels: plain torch (those for float32 are exact, and slow: for checks)"]
     if reason:
         if execution.kernels == "triton":
             raise ValueError(f"execution.kernels: triton, but {reason}; use auto or reference")

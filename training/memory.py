@@ -53,17 +53,17 @@ def activation_bytes(
     Compiled blocks keep about as much as recompute_ffn does: Inductor rebuilds what is cheap.
     """
     execution = execution or Execution()
-    full = _layer_bytes(model, element, autocast, Execution(), fused)
-    kept = _layer_bytes(model, element, autocast, execution, fused)
+    full = layer_bytes(model, element, autocast, Execution(), fused)
+    kept = layer_bytes(model, element, autocast, execution, fused)
     d = model.hidden_size
     final = d * (4 + element) if autocast else 2 * d * element
     return tokens * (model.num_layers * kept + (full - kept) + final)
 
 
-def _layer_bytes(
+def layer_bytes(
     model: ModelConfig, element: int, autocast: bool, execution: Execution, fused: bool
 ) -> int:
-    """What one block keeps per token; see activation_bytes."""
+    """Bytes that one block keeps per token; see activation_bytes."""
     assert model.head_dim is not None
     assert model.num_kv_heads is not None
     d, f = model.hidden_size, model.intermediate_size
@@ -95,9 +95,9 @@ def _layer_bytes(
 def logits_bytes(
     model: ModelConfig, tokens: int, element: int, execution: Execution | None = None
 ) -> int:
-    """Bytes at the peak of the loss: the logits of a chunk of tokens as computed (when not fp32) and
-    in fp32, their log-softmax and its gradient; where there are several chunks, also the gradients
-    of the head's weight, summed in fp32, and of its input.
+    """Bytes at the peak of the loss: the logits of a chunk of tokens as computed (when not fp32)
+    and in fp32, their log-softmax and its gradient; where there are several chunks, also the
+    gradients of the head's weight, summed in fp32, and of its input.
     """
     execution = execution or Execution()
     chunk = tokens

@@ -2,6 +2,7 @@
 
 import gc
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,7 +59,8 @@ def measure_case(
         for result in measured.values():
             if result.status == "ok":
                 result.fail(error)
-    torch.compiler.reset()  # with dynamic=False every shape is compiled, and only a few are kept
+    if any(PROVIDERS[name].compiled for name in providers):
+        torch.compiler.reset()  # with dynamic=False every shape is compiled; only a few are kept
     _free(settings.device)
     return measured, sets
 
@@ -108,7 +110,8 @@ def _prepare(
             with recorded_paths() as result.paths:
                 result.correctness = gate.check(runs[0])
             result.peak_memory_bytes = _peak_memory(runs[0], settings.device)
-            prepared[name] = [GraphedRun(run, pool) for run in runs] if pool else list(runs)
+            graphed = settings.cuda_graphs
+            prepared[name] = [GraphedRun(run, pool) if graphed else run for run in runs]
         except Exception as error:
             result.fail(error)
         runs = []
@@ -128,6 +131,9 @@ def _peak_memory(run: Run, device: torch.device) -> int | None:
 
 
 def _free(device: torch.device) -> None:
+    if device.type != "cuda":
+        return
     gc.collect()
-    if device.type == "cuda":
+    # An illegal access makes every later call raise; the results so far are still to be saved.
+    with suppress(RuntimeError):
         torch.cuda.empty_cache()

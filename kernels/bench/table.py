@@ -141,6 +141,7 @@ def plot(cases: Sequence[Row], suffix: str) -> bytes:
             panel.set_ylabel("µs a row")
             for name, points in _lines(cases, op, size).items():
                 panel.plot(*zip(*sorted(points), strict=True), marker="o", label=name)
+            panel.set_ylim(bottom=0)
             panel.legend(fontsize="x-small")
     file = io.BytesIO()
     figure.savefig(file, format=suffix)

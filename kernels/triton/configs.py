@@ -74,8 +74,7 @@ def find(
     if architecture == INTERPRETER:
         config = Config(32, max(32, head_dim), 16, num_warps=4, num_stages=2)
     elif architecture not in ARCHITECTURES:
-        names = ", ".join(f"sm_{a}" for a in ARCHITECTURES)
-        return None, f"sm_{architecture} has no tested configuration; {names} have"
+        return None, f"sm_{architecture} has no tested configuration"
     elif head_dim and head_dim not in HEAD_DIMS:
         return None, f"head_dim {head_dim} has no configuration; 64 and 128 have"
     elif k not in inner_dimensions(kernel):

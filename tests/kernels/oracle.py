@@ -267,14 +267,29 @@ def assert_accurate(
     assert error <= ceiling, f"{name}: error {error:.2e}, the ceiling is {ceiling:.2e}"
 
 
-def assert_case(one: Case, incoming: Sequence[Tensor], results: Sequence[Tensor]) -> None:
-    """Outputs and gradients of `ours`, by the rule above."""
+def assert_case(
+    one: Case, incoming: Sequence[Tensor], results: Sequence[Tensor], sequences: int | None = None
+) -> None:
+    """Outputs and gradients of `ours`, by the rule above; float64 of some sequences at a time,
+    where that of all of them takes too much memory.
+    """
     inputs = list(one.inputs.values())
     plain = run(one.plain, inputs, incoming)
-    exact = run(one.plain, wide(inputs), wide(incoming))
+    batch = inputs[0].size(0)
+    by_row = [True] * len(one.outputs) + one.batched
+    sums: dict[int, Tensor] = {}  # the gradients of parameters
     names = [*one.outputs, *(f"gradient of {name}" for name in one.inputs)]
-    for name, *values in zip(names, results, plain, exact, strict=True):
-        assert_accurate(name, *values, chained=one.chained)
+    for start in range(0, batch, sequences or batch):
+        at = slice(start, start + (sequences or batch))
+        part = [t[at] if rows else t for t, rows in zip(inputs, one.batched, strict=True)]
+        exact = run(one.plain, wide(part), wide([g[at] for g in incoming]))
+        for i, value in enumerate(exact):
+            if by_row[i]:
+                assert_accurate(names[i], results[i][at], plain[i][at], value, one.chained)
+            else:
+                sums[i] = sums[i] + value if i in sums else value
+    for i, value in sums.items():
+        assert_accurate(names[i], results[i], plain[i], value, one.chained)
 
 
 # --- calls of the single kernels ----------------------------------------------------------------
@@ -350,18 +365,24 @@ class Call:
 
     def assert_accurate(self, arguments: Sequence[Any], result: Tensor | Sequence[Tensor]) -> None:
         """Against the definition in float64 and in the dtype of the arguments, by the rule above,
-        the rows of each magnitude by themselves.
+        the rows of each magnitude by themselves, some sequences at a time.
         """
         definition = getattr(reference, self.kernel)
-        exact = definition(*(t.to(F64) if isinstance(t, Tensor) else t for t in arguments))
-        plain = definition(*arguments)
-        several = isinstance(result, tuple)
-        triples = zip(result, plain, exact, strict=True) if several else [(result, plain, exact)]
+        results = result if isinstance(result, tuple) else (result,)
+        height = max(1, 8192 // self.length) * self.length
         step = 3 if self.extremes else 1
-        for values in triples:
-            for first in range(min(step, self.m)):
-                label = f"{self} rows {first}::{step}"
-                assert_accurate(label, *(value[first::step] for value in values))
+        assert step == 1 or self.m <= height
+        for start in range(0, self.m, height):
+            at = slice(start, start + height)
+            part = [t[at] if isinstance(t, Tensor) and len(t) == self.m else t for t in arguments]
+            plain = definition(*part)
+            exact = definition(*(t.to(F64) if isinstance(t, Tensor) else t for t in part))
+            if isinstance(result, Tensor):
+                plain, exact = (plain,), (exact,)
+            for values in zip((r[at] for r in results), plain, exact, strict=True):
+                for first in range(min(step, self.m)):
+                    label = f"{self} rows {start + first}::{step}"
+                    assert_accurate(label, *(value[first::step] for value in values))
 
 
 # --- what ran -----------------------------------------------------------------------------------

@@ -1,0 +1,478 @@
+"""How a model is computed changes nothing but rounding, and the log says what runs."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend
+
+from kernels import attention, dispatch, ops
+from kernels.triton import configs
+from kernels.verify import verify
+from model import ModelConfig, Transformer, init_weights
+from model.attention import KVCache
+from model.config import Ranks
+from model.configure import configure
+from model.execution import Execution, Plan, fused_on, plan
+from tests.model.measure import Calls
+
+CPU = torch.device("cpu")
+SHAPE = {
+    "vocab_size": 50, "hidden_size": 32, "intermediate_size": 48, "num_layers": 3, "num_heads": 4,
+    "max_seq_len": 64,
+}  # fmt: skip
+FAMILIES = {
+    "vanilla": {},
+    "lpa": {"r": 8},
+    "grouped lpa": {"r": 8, "num_kv_heads": 2},
+    "grouped vanilla": {"num_kv_heads": 1},
+    "unequal ranks": {"r": Ranks(q=8, k=4, v=12)},
+    "dense o": {"r": Ranks(q=8, k=8, v=8)},
+    "everything low": {"r": Ranks(8, 8, 8, 8, 8)},
+    "wide heads": {"r": 8, "head_dim": 16},
+    "tied": {"r": 8, "tie_embeddings": True},
+    "documents": {"r": 8, "document_start_id": 3},
+}
+every_family = pytest.mark.parametrize("changes", FAMILIES.values(), ids=FAMILIES)
+REBUILD = [
+    {"recompute_qkv": True},
+    {"recompute_ffn": True},
+    {"recompute_qkv": True, "recompute_ffn": True},
+    {"recompute_blocks": True},
+]
+
+
+def build(execution: dict[str, Any] | None = None, **changes: Any) -> Transformer:
+    """A model in float64 whose norm weights are not 1, computed as `execution` says."""
+    model = Transformer(ModelConfig(**(SHAPE | changes)))
+    init_weights(model, seed=1)
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
+            elif "proj" in name:
+                parameter.mul_(3)  # attention far from uniform
+    model.double()
+    if execution is not None:
+        training = execution.get("attention") != "flex"  # which has no backward pass on the CPU
+        configure(model, Execution(**execution), CPU, torch.float64, training)
+    return model
+
+
+def tokens(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randint(50, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def loss_and_grads(model: Transformer) -> list[Tensor]:
+    """The loss of each token of a batch, and the gradient of every parameter."""
+    torch.manual_seed(0)
+    model.zero_grad()
+    losses = model(tokens(2, 20), tokens(2, 20, seed=1), reduction="none")
+    losses.mean().backward()
+    grads = [p.grad for p in model.parameters()]
+    assert all(g is not None for g in grads)
+    return [losses.detach(), *(g for g in grads if g is not None)]
+
+
+def assert_same(model: Transformer, expected: Transformer, atol: float = 1e-12) -> None:
+    ours, theirs = loss_and_grads(model), loss_and_grads(expected)
+    torch.testing.assert_close(ours[0], theirs[0], rtol=0, atol=1e-6)  # losses are float32
+    for got, want in zip(ours[1:], theirs[1:], strict=True):
+        torch.testing.assert_close(got, want, rtol=0, atol=atol)
+
+
+@every_family
+def test_fused_is_plain(changes):
+    assert_same(build({"kernels": "triton"}, **changes), build(**changes))
+
+
+@every_family
+def test_the_fused_operators_run(changes):
+    """Once a layer each, and forward and backward alike: else the test above compares plain torch
+    with itself.
+    """
+    with Calls() as calls:
+        loss_and_grads(build({"kernels": "triton"}, **changes))
+    low = changes.get("r") is not None
+    expected = ["norm_down", "up_rotary"] if low else ["norm_qkv"]
+    for name in expected:
+        assert calls.count[f"lpa::{name}"] == calls.count[f"lpa::{name}_backward"] == 3
+    ranks = ModelConfig(**(SHAPE | changes)).ranks
+    low_dim = 3 * ((ranks.o is not None) + 3 * (ranks.ffn is not None))
+    assert calls.count["lpa::low_dim"] == calls.count["lpa::low_dim_backward"] == low_dim
+
+
+def test_auto_on_the_cpu_is_plain_torch():
+    with Calls() as calls:
+        loss_and_grads(build({"kernels": "auto"}, r=8))
+    assert not [name for name in calls.count if name.startswith("lpa::")]
+
+
+@pytest.mark.parametrize("kernels", ["reference", "triton"])
+@pytest.mark.parametrize("rebuild", REBUILD, ids=lambda r: "+".join(r))
+@every_family
+def test_recomputation_changes_nothing(changes, rebuild, kernels):
+    assert_same(build({"kernels": kernels, **rebuild}, **changes), build(**changes))
+
+
+@pytest.mark.parametrize("rebuild", REBUILD, ids=lambda r: "+".join(r))
+@pytest.mark.parametrize("family", ["llama", "paper-1"])
+def test_recomputation_drops_the_same_elements(family, rebuild):
+    changes = {"family": family, "dropout": 0.3, "r": 8}
+    model, expected = build(rebuild, **changes), build(**changes)
+    assert_same(model.train(), expected.train())
+
+
+@pytest.mark.parametrize(
+    ("rebuild", "again", "kept"),
+    [
+        ({"recompute_qkv": True}, "lpa::up_rotary", ("lpa::norm_down", "lpa::low_dim")),
+        ({"recompute_blocks": True}, "lpa::norm_down", ()),
+    ],
+    ids=["qkv", "blocks"],
+)
+def test_what_is_recomputed(rebuild, again, kept):
+    """recompute_qkv calls the up-projection twice and nothing that is expensive."""
+    core = "aten::_scaled_dot_product_flash_attention_for_cpu"
+    with Calls() as calls:
+        loss_and_grads(build({"kernels": "triton", **rebuild}, r=8))
+    assert calls.count[again] == 6
+    for name in (*kept, *((core,) if kept else ())):
+        assert calls.count[name] == 3, name
+
+
+def test_recompute_ffn_keeps_its_products():
+    with Calls() as plain:
+        loss_and_grads(build({"kernels": "triton"}, r=8))
+    with Calls() as rebuilt:
+        loss_and_grads(build({"kernels": "triton", "recompute_ffn": True}, r=8))
+    assert rebuilt.count["aten::mm"] == plain.count["aten::mm"]
+    assert rebuilt.count["aten::silu"] == 2 * plain.count["aten::silu"] == 6
+
+
+# --- hooks and replaced modules ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "path", ["attention", "attention_norm", "attention.q_proj", "attention.o_proj"]
+)
+@pytest.mark.parametrize(
+    "register",
+    ["register_forward_hook", "register_forward_pre_hook", "register_full_backward_hook"],
+)
+def test_a_hook_sees_its_module_called(path, register):
+    """Fused attention would pass it by; the other layers stay fused."""
+    model, seen = build({"kernels": "triton"}, r=8), []
+    module = model.layers[1].get_submodule(path)
+    handle = getattr(module, register)(lambda *args: seen.append(args) or None)
+    with Calls() as calls:
+        loss_and_grads(model)
+    assert len(seen) == 1
+    assert calls.count["lpa::norm_down"] == 2
+    assert_same(model, build(r=8))
+    handle.remove()
+    with Calls() as calls:
+        loss_and_grads(model)
+    assert calls.count["lpa::norm_down"] == 3
+
+
+def test_a_replaced_projection_is_called():
+    """As adapters do that wrap a layer in one of their own."""
+
+    class Doubled(nn.Module):
+        def __init__(self, inner: nn.Module) -> None:
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * self.inner(x)
+
+    fused, plain = build({"kernels": "triton"}, r=8), build(r=8)
+    for model in (fused, plain):
+        attention = model.layers[0].attention
+        attention.v_proj = Doubled(attention.v_proj)
+    assert_same(fused, plain)
+    assert not torch.allclose(loss_and_grads(fused)[0], loss_and_grads(build(r=8))[0])
+
+
+# --- compilation ---------------------------------------------------------------------------------
+
+
+def graphs(execution: dict[str, Any], **changes: Any) -> tuple[Transformer, int]:
+    """A compiled model after a step, and how many graphs its blocks took."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    model = build({"compile": "on", "loss": "whole", **execution}, **changes)
+    model.zero_grad()
+    model(tokens(2, 20), tokens(2, 20, seed=1)).backward()
+    return model, torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+@pytest.mark.parametrize("kernels", ["reference", "triton"])
+@pytest.mark.parametrize("rebuild", [{}, REBUILD[2], REBUILD[3]], ids=lambda r: "+".join(r))
+@pytest.mark.parametrize("family", ["lpa", "vanilla"])
+def test_compiled_blocks_are_one_graph(family, rebuild, kernels):
+    """fullgraph holds, all three layers share the graph, and the numbers are those of eager."""
+    model, count = graphs({"kernels": kernels, **rebuild}, **FAMILIES[family])
+    assert count == 1
+    assert_same(model, build(**FAMILIES[family]), atol=1e-11)
+
+
+def test_compiled_decoding_is_the_forward():
+    """Single tokens behind a filled cache: one more graph, whose position is symbolic."""
+    model, _ = graphs({"kernels": "triton"}, r=8, num_kv_heads=2)
+    model.eval()
+    cache, ids = KVCache(model.config, 2, 40, CPU, torch.float64), tokens(2, 20)
+    with torch.no_grad():
+        parts = [model(ids[:, :7], cache=cache)]
+        before = 0
+        for at in range(7, 20):
+            parts.append(model(ids[:, at : at + 1], cache=cache))
+            if at == 9:
+                before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == before
+        whole = build(r=8, num_kv_heads=2).eval()(ids)
+    torch.testing.assert_close(torch.cat(parts, dim=1), whole, rtol=0, atol=1e-5)
+
+
+# --- documents -----------------------------------------------------------------------------------
+
+
+def logits(model: Transformer, ids: Tensor, cache: KVCache | None = None) -> Tensor:
+    """In float64, before the model rounds them."""
+    seen: list[Tensor] = []
+    handle = model.lm_head.register_forward_hook(lambda _m, _i, out: seen.append(out))
+    with torch.no_grad():
+        model(ids, cache=cache)
+    handle.remove()
+    return seen[0]
+
+
+DOCUMENTS = [torch.cat((torch.tensor([3]), 4 + tokens(n, seed=n) % 46)) for n in (7, 1, 12, 3)]
+
+
+@pytest.mark.parametrize("execution", [{}, {"kernels": "triton"}, {"attention": "flex"}], ids=str)
+def test_packed_documents_are_each_alone(execution):
+    model = build(execution, r=8, num_kv_heads=2, document_start_id=3)
+    packed = torch.stack((torch.cat(DOCUMENTS), torch.cat(DOCUMENTS[::-1])))
+    alone = [logits(model, document[None])[0] for document in DOCUMENTS]
+    expected = torch.stack((torch.cat(alone), torch.cat(alone[::-1])))
+    # The rotary table is in float32: equal distances have angles that are equal to 1e-7 or so.
+    torch.testing.assert_close(logits(model, packed), expected, rtol=0, atol=1e-5)
+    across = build(execution, r=8, num_kv_heads=2)
+    assert (logits(across, packed) - expected).abs().max() > 1e-2
+
+
+def test_text_before_the_first_document_is_one_of_its_own():
+    model = build(r=8, document_start_id=3)
+    packed = torch.cat((DOCUMENTS[0][2:], DOCUMENTS[2]))[None]
+    parts = [logits(model, DOCUMENTS[0][None, 2:]), logits(model, DOCUMENTS[2][None])]
+    torch.testing.assert_close(logits(model, packed), torch.cat(parts, 1), rtol=0, atol=1e-5)
+
+
+def test_documents_in_a_cache():
+    model, ids = build(r=8, document_start_id=3), torch.cat(DOCUMENTS)[None]
+    cache = KVCache(model.config, 1, 40, CPU, torch.float64)
+    parts = [logits(model, chunk, cache) for chunk in ids.split((5, 9, 1, 1, 11), dim=1)]
+    torch.testing.assert_close(torch.cat(parts, 1), logits(model, ids), rtol=0, atol=1e-11)
+
+
+# --- the plan ------------------------------------------------------------------------------------
+
+
+def planned(config: ModelConfig, device: str = "cpu", **execution: Any) -> Plan:
+    return plan(config, Execution(**execution), torch.device(device), torch.bfloat16)
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch):
+    """Makes the plan believe in a GPU of some architecture, without running anything on it."""
+
+    def pretend(architecture: int) -> None:
+        monkeypatch.setattr(dispatch, "architecture", lambda device: architecture)
+        capability = divmod(architecture, 10)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+
+    return pretend
+
+
+SIZES = {
+    "130m": {"hidden_size": 768, "num_heads": 12, "r": 128},
+    "370m": {"hidden_size": 1024, "num_heads": 16, "r": 256},
+    "3b": {"hidden_size": 3072, "num_heads": 24, "r": 512},
+}
+
+
+@pytest.mark.parametrize("architecture", configs.ARCHITECTURES)
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("low", [True, False])
+def test_auto_uses_triton_at_the_sizes_of_the_table(gpu, architecture, size, low):
+    gpu(architecture)
+    config = ModelConfig(**(SHAPE | SIZES[size] | ({} if low else {"r": None})))
+    result = planned(config, "cuda")
+    assert result.fused
+    assert result.compiled
+    assert any(line.startswith("kernels: fused operators; Triton: norm") for line in result.lines)
+    assert not any("plain torch inside" in line for line in result.lines)
+    assert fused_on(config, Execution(), architecture, torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "changes", "reason"),
+    [
+        (89, {}, "sm_89 has no tested configuration; sm_80, sm_90, sm_100 have"),
+        (90, {"r": 320}, "inner dimension 320 has no tested configuration; 128, 256"),
+        (90, {"num_heads": 32}, "head_dim 32 has no configuration; 64 and 128 have"),
+        (90, {"family": "paper-1"}, "family paper-1 has no fused layer"),
+        (90, {"dropout": 0.1}, "dropout stands between"),
+        (90, {"r": Ranks(q=256, v=256)}, "of q, k and v some are dense (k)"),
+    ],
+)
+def test_auto_says_why_it_does_not(gpu, architecture, changes, reason):
+    gpu(architecture)
+    config = ModelConfig(**(SHAPE | SIZES["370m"] | changes))
+    result = planned(config, "cuda")
+    assert not result.fused
+    assert reason in result.lines[0]
+    assert not fused_on(config, Execution(), architecture, torch.bfloat16)
+
+
+def test_auto_leaves_float32_to_torch(gpu):
+    gpu(90)
+    config = ModelConfig(**(SHAPE | SIZES["370m"]))
+    result = plan(config, Execution(), torch.device("cuda"), torch.float32)
+    assert not result.fused
+    assert "float32" in result.lines[0]
+    assert not fused_on(config, Execution(), 90, torch.float32)
+
+
+def test_triton_names_what_falls_back():
+    result = planned(ModelConfig(**(SHAPE | {"r": 8})), kernels="triton")
+    assert result.fused
+    assert "plain torch inside (the device is cpu): norm, norm + down" in result.lines[0]
+
+
+@pytest.mark.parametrize(
+    ("changes", "execution", "message"),
+    [
+        ({"family": "paper-1"}, {"kernels": "triton"}, r"execution\.kernels: triton, but family"),
+        ({}, {"attention": "cudnn"}, r"execution\.attention: cudnn needs a GPU; the device is cpu"),
+        ({}, {"attention": "flash_attn"}, r"execution\.attention: flash_attn needs a GPU"),
+        ({}, {"loss": "liger"}, r"execution\.loss: liger needs a GPU; the device is cpu"),
+        ({"document_start_id": 3}, {"attention": "flex"}, "flex trains on a GPU alone"),
+        (
+            {"document_start_id": 3},
+            {"attention": "flash"},
+            r"execution\.attention: flash takes no document mask; allowed are auto, flex, math",
+        ),
+    ],
+)
+def test_what_cannot_be_had_is_an_error(changes, execution, message):
+    with pytest.raises(ValueError, match=message):
+        planned(ModelConfig(**(SHAPE | changes)), **execution)
+
+
+def test_flash_attn_that_is_not_installed(gpu):
+    gpu(90)
+    with pytest.raises(ValueError, match="flash_attn is not installed"):
+        planned(ModelConfig(**SHAPE), "cuda", attention="flash_attn")
+
+
+@pytest.mark.parametrize(
+    ("architecture", "first"),
+    [(80, "FLASH"), (90, "CUDNN"), (100, "CUDNN")],
+)
+def test_cudnn_is_first_from_hopper_on(gpu, architecture, first):
+    gpu(architecture)
+    order = attention._order("auto", torch.device("cuda"))
+    assert order[0] == getattr(SDPBackend, f"{first}_ATTENTION")
+    assert len(order) == len(set(order)) == 4
+    line = next(x for x in planned(ModelConfig(**SHAPE), "cuda").lines if "SDPA" in x)
+    assert f"({first.lower()}, " in line
+
+
+def test_the_chosen_backend_is_the_one_used():
+    """math is made of other operators than the CPU's flash attention."""
+    flash = "aten::_scaled_dot_product_flash_attention_for_cpu"
+    for backend, count in (("flash", 3), ("math", 0)):
+        model = build({"attention": backend}, r=8)
+        with Calls() as calls, torch.no_grad():
+            model(tokens(1, 9))
+        assert calls.count[flash] == count
+
+
+# --- the check on the device ---------------------------------------------------------------------
+
+
+def checked(**changes: Any) -> str:
+    sizes = {"d": 64, "widths": [64, 32, 32], "ranks": [32, 32, 32], "head_dim": 32}
+    return verify(**(sizes | changes), device=CPU, dtype=torch.float32)
+
+
+@pytest.fixture
+def pretended(monkeypatch: pytest.MonkeyPatch):
+    """verify() compares, though the definitions in torch compute the operators."""
+    monkeypatch.setattr(dispatch, "architecture", lambda device: configs.INTERPRETER)
+    monkeypatch.setattr(dispatch, "usable", lambda *args, **kwargs: (False, "pretended"))
+
+
+@pytest.mark.parametrize("ranks", [[32, 32, 32], [32, 16, 48], [None, None, None]])
+def test_what_is_right_passes(pretended, ranks):
+    assert checked(ranks=ranks) == ""
+
+
+@pytest.mark.parametrize("ranks", [[32, 32, 32], [None, None, None]])
+@pytest.mark.parametrize(
+    ("kernel", "what"),
+    [("project", "q"), ("unrotate", "gradient of"), ("norm", "gradient of x")],
+)
+def test_what_is_wrong_is_found(pretended, monkeypatch, ranks, kernel, what):
+    """One part in a thousand is."""
+    if kernel == "norm":
+        kernel = "norm_backward_matmul" if ranks[0] else "norm_backward"
+    right = getattr(dispatch, kernel)
+
+    def wrong(*args: Any, **kwargs: Any) -> Tensor:
+        result = right(*args, **kwargs)
+        return result.mul_(1.001)
+
+    monkeypatch.setattr(dispatch, kernel, wrong)
+    assert what in checked(ranks=ranks)
+
+
+def test_a_kernel_that_does_not_launch_is_found(monkeypatch):
+    """Here for want of a driver."""
+    monkeypatch.setattr(dispatch, "architecture", lambda device: configs.INTERPRETER)
+    assert checked().startswith("they raise ")
+
+
+def test_a_model_falls_back_where_the_check_fails(monkeypatch):
+    monkeypatch.setattr("model.configure.verify", lambda **_: "q is off by 1e-1")
+    monkeypatch.setattr(dispatch, "architecture", lambda device: configs.INTERPRETER)
+    model = build(r=32, hidden_size=64, num_heads=2, head_dim=32, num_layers=1)
+    chosen = configure(model, Execution(), CPU, torch.float16)
+    assert not chosen.fused
+    assert not model.layers[0].fused
+    assert chosen.lines[0] == (
+        "kernels: plain torch; the fused operators failed their check: q is off by 1e-1"
+    )
+    with pytest.raises(RuntimeError, match="q is off"):
+        configure(model, Execution(kernels="triton"), CPU, torch.float16)
+
+
+def test_operators_by_themselves_match_those_of_the_model():
+    """The public operators, used as the documentation says, are the layer."""
+    model, x = build(r=8, num_layers=1), torch.randn(2, 9, 32, dtype=torch.float64)
+    block = model.layers[0]
+    rotary = model._embed(tokens(2, 9), torch.arange(9))[1]
+    assert rotary is not None
+    a = block.attention
+    h, residual = ops.norm_down(
+        x, block.attention_norm.weight, (a.q_proj.A, a.k_proj.A, a.v_proj.A), 1e-6
+    )
+    q, k, v = ops.up_rotary(h, (a.q_proj.B, a.k_proj.B, a.v_proj.B), *rotary, 8)
+    y = attention.attend(q, k, v).flatten(2)
+    y = ops.low_dim_linear(y, a.o_proj.A, a.o_proj.B, residual=residual)
+    torch.testing.assert_close(y, block._attend(x, rotary, None, None), rtol=0, atol=1e-12)

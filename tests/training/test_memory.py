@@ -1,0 +1,100 @@
+"""The memory formulas against what a forward pass really keeps."""
+
+import pytest
+import torch
+
+from model import ModelConfig, Transformer, init_weights
+from model.configure import configure
+from model.execution import Execution
+from tests.model.measure import kept_bytes
+from training import memory
+
+SHAPE = {"vocab_size": 64, "hidden_size": 128, "intermediate_size": 336, "num_layers": 2}
+REBUILD = {"recompute_qkv": True}, {"recompute_ffn": True}, {"recompute_blocks": True}
+
+
+def saved_bytes(config: ModelConfig, execution: Execution, batch: int, length: int) -> int:
+    """Bytes that a forward pass to the logits really keeps for the backward pass, in float32 on the
+    CPU, without the logits and the rotary table (nobody else's formula has them).
+    """
+    model = Transformer(config)
+    init_weights(model, 0)
+    configure(model, execution, torch.device("cpu"), torch.float32)
+    table = 2 * length * config.head_dim // 2 * 4 if config.family == "llama" else 0
+    ids = torch.zeros(batch, length, dtype=torch.long)
+    return kept_bytes(lambda: model(ids)) - table
+
+
+SHAPES = [
+    {},
+    {"r": 16},
+    {"r": 96},
+    {"num_layers": 5},
+    {"intermediate_size": 1024},
+    {"num_kv_heads": 1},
+]
+UNFUSED = [{"family": "paper-1", "dropout": 0.0}, {"family": "paper-1", "r": 32, "dropout": 0.0}]
+CASES = [(changes, how) for changes in SHAPES + UNFUSED for how in ({}, *REBUILD)]
+CASES += [(changes, how | {"kernels": "triton"}) for changes in SHAPES for how in ({}, *REBUILD)]
+
+
+@pytest.mark.parametrize(("changes", "execution"), CASES, ids=str)
+def test_activations_are_those_measured(changes, execution):
+    """fp32 on a CPU, whose RMSNorm is not one kernel and keeps d more a token than the formula has
+    for each norm that the fused operators or recomputation leave in place. The formula adds one
+    rebuilt layer, which is not there before the backward pass.
+    """
+    config = ModelConfig(**(SHAPE | {"num_heads": 4} | changes))
+    how = Execution(**execution)
+    fused = how.kernels == "triton"
+    layer = memory.layer_bytes(config, 4, autocast=False, execution=how, fused=fused)
+    tokens, final = 2 * 64, (2 if config.family == "llama" else 1) * 128 * 4
+    formula = tokens * (config.num_layers * layer + final)
+    norms = 2 * config.num_layers + 1  # the last norm is outside of the blocks
+    if fused or how.recompute_qkv or how.recompute_blocks:
+        norms -= config.num_layers
+    if how.recompute_ffn or how.recompute_blocks:
+        norms -= config.num_layers
+    composite = norms * tokens * 128 * 4 if config.family == "llama" else 0
+    measured = saved_bytes(config, how, 2, 64)
+    assert formula + composite == pytest.approx(measured, rel=0.03)
+
+
+@pytest.mark.parametrize("r", [16, 96])
+def test_low_dimensional_attention_keeps_its_latents(r):
+    """4r more a token and layer, measured and by the formula."""
+    vanilla, lpa = (ModelConfig(**SHAPE, num_heads=4, r=rank) for rank in (None, r))
+    expected = 128 * 2 * 4 * r * 4  # tokens, layers, projections, bytes
+    measured = [saved_bytes(c, Execution(), 2, 64) for c in (lpa, vanilla)]
+    assert measured[0] - measured[1] == expected
+    formula = [memory.activation_bytes(c, 128, 4) for c in (lpa, vanilla)]
+    assert formula[0] - formula[1] == expected
+
+
+@pytest.mark.parametrize(
+    ("shape", "vanilla", "naive", "qkv", "both"),
+    [
+        ((768, 12, 2048, 128), 24_576, 25_600, 19_456, 13_824),
+        ((1024, 16, 2736, 256), 32_800, 34_848, 26_656, 19_136),
+    ],
+    ids=["130m", "370m"],
+)
+def test_activation_bytes_a_token_and_layer(shape, vanilla, naive, qkv, both):
+    """bf16, counted by hand: x, x̂, q, k, v, o, x2, x̂2, gate, up and their product for vanilla; the
+    latents besides for LPA; x, h, h_o, o, x2, x̂2, gate, up, product with recompute_qkv; neither x̂2
+    nor the product with recompute_ffn. The formula also has silu(gate) where it is not rebuilt, and
+    the statistics of attention and norm.
+    """
+    d, heads, f, r = shape
+    sizes = {"vocab_size": 64, "hidden_size": d, "intermediate_size": f, "num_heads": heads}
+
+    def layer(rank: int | None, fused: bool, **execution: bool) -> int:
+        model = ModelConfig(**sizes, num_layers=1, r=rank)
+        return memory.layer_bytes(model, 2, False, Execution(**execution), fused)
+
+    statistics, silu, rstd = 4 * heads, 2 * f, 4
+    assert layer(None, False) == vanilla + statistics + silu
+    assert layer(r, False) == naive + statistics + silu
+    assert layer(r, True, recompute_qkv=True) == qkv + statistics + silu + rstd
+    both_bytes = layer(r, True, recompute_qkv=True, recompute_ffn=True)
+    assert both_bytes == both + statistics + rstd
