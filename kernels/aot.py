@@ -307,7 +307,7 @@ def operand_depths(ttgir: str) -> tuple[tuple[int, int], ...]:
     An operand is followed back, through element-wise code where there is some, to the
     `memdesc_index` that picks one of the buffers: memdesc<3x128x64xbf16> -> memdesc<128x64xbf16>.
     """
-    definitions = {}
+    definitions: dict[str, str] = {}
     for results, text in re.findall(r"^\s*(%\w+(?::\d+)?(?:, %\w+)*) = (.*)$", ttgir, re.MULTILINE):
         definitions |= dict.fromkeys(re.findall(r"%\w+", results), text)
     for first in re.findall(r"iter_args\((.*?)\)", ttgir):  # an argument of a loop: its first value

@@ -143,7 +143,11 @@ def attend(q: Tensor, k: Tensor, v: Tensor, backend: Backend = "auto", mask: Mas
     elif mask is None and new > 1:
         # A chunk behind a filled cache: is_causal would align it at the top left.
         mask = torch.ones(new, seen, dtype=torch.bool, device=q.device).tril(seen - new)
-    y = F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=grouped
-    )
+    # A compiled block has chosen when it was traced, in the context of Transformer.forward. Here it
+    # is for what runs outside of that: recomputation in the backward pass.
+    compiling = torch.compiler.is_compiling()
+    with nullcontext() if compiling else backend_context(backend, q.device):
+        y = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=grouped
+        )
     return y.transpose(1, 2)

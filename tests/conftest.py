@@ -72,7 +72,7 @@ class Runs:
         }
         for key, value in changes.items():
             block, _, leaf = key.partition("__")
-            config[block][leaf] = value
+            config.setdefault(block, {})[leaf] = value
         path = self.folder / f"{name}.yaml"
         path.write_text(yaml.safe_dump(config))
         return path

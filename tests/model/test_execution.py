@@ -117,6 +117,19 @@ def test_recomputation_changes_nothing(changes, rebuild, kernels):
     assert_same(build({"kernels": kernels, **rebuild}, **changes), build(**changes))
 
 
+@pytest.mark.parametrize("compile", ["on", "off"])
+@pytest.mark.parametrize("rebuild", REBUILD, ids=lambda r: "+".join(r))
+def test_recomputation_uses_the_chosen_backend(rebuild, compile):
+    """Though it runs in the backward pass, outside of the model's forward."""
+    torch._dynamo.reset()
+    model = build({"attention": "math", "compile": compile, **rebuild}, r=8)
+    if compile == "off":  # compiled code cannot be watched
+        with Calls() as calls:
+            loss_and_grads(model)
+        assert not [name for name in calls.count if "flash" in name]
+    assert_same(model, build(r=8), atol=1e-11)
+
+
 @pytest.mark.parametrize("rebuild", REBUILD, ids=lambda r: "+".join(r))
 @pytest.mark.parametrize("family", ["llama", "paper-1"])
 def test_recomputation_drops_the_same_elements(family, rebuild):

@@ -58,6 +58,11 @@ def refused(monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
         ({"training__global_batch_size": 7}, ["training.global_batch_size", "7", "multiples of 2"]),
         ({"deepspeed__zero_stage": 4}, ["deepspeed.zero_stage", "4"]),
         ({"model__vocab_size": 399}, ["model.vocab_size", "399", "400"]),
+        ({"model__document_start_id": 7}, ["model.document_start_id", "7", "begin with token 1"]),
+        ({"model__document_start_id": 400}, ["model.document_start_id", "400", "0 to 399"]),
+        ({"execution__kernels": "cuda"}, ["execution.kernels", "cuda", "reference", "triton"]),
+        ({"execution__kernel": "auto"}, ["execution.kernel", "execution.kernels"]),
+        ({"execution__loss_chunk_tokens": 0}, ["execution.loss_chunk_tokens", "at least 1"]),
         ({"data__path": "nowhere"}, ["nowhere", "python -m data.prepare", "--output nowhere"]),
     ],
 )
