@@ -7,6 +7,7 @@ import torch
 
 from kernels import dispatch
 from kernels.attention import Backend, check_backend
+from kernels.cross_entropy import CHUNK_LOGITS
 from model.config import ModelConfig
 
 
@@ -47,6 +48,10 @@ class Execution:
             raise ValueError(
                 f"execution.loss_chunk_tokens: {self.loss_chunk_tokens}; it must be at least 1"
             )
+
+    def chunk_tokens(self, vocab_size: int) -> int:
+        """Tokens whose logits exist at once."""
+        return self.loss_chunk_tokens or max(1, CHUNK_LOGITS // vocab_size)
 
     def warnings(self) -> list[str]:
         """Settings that have no effect."""

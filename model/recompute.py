@@ -26,18 +26,22 @@ _ATTENTION = (
     "aten::_scaled_dot_product_flash_attention_for_cpu",
     "aten::_scaled_dot_product_efficient_attention",
     "aten::_scaled_dot_product_cudnn_attention",
-    "flash_attn::",
     "lpa::row_rstd",
     "lpa::norm_down",
     "lpa::low_dim",
 )
-_PRODUCTS = ("aten::mm", "aten::addmm", "lpa::low_dim")
 
 
 def keep_attention(_: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
     """The policy of recompute_qkv: q, k and v are rebuilt from the latents."""
     name = _name(op)
     kept = name in _ATTENTION or name.startswith("flash_attn::") or name == "flex_attention"
+    if name == "aten::add":
+        # The residual stream is kept by the next norm anyway; were it not said here, Inductor would
+        # rebuild it, with the output projection before it. Rotary positions add 4 dimensions.
+        kept = all(isinstance(t, Tensor) and t.dim() == 3 for t in args) and (
+            args[0].shape == args[1].shape
+        )
     return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
 
 

@@ -1,6 +1,5 @@
 """Memory that a run needs per rank, by ZeRO stage and number of ranks, from formulas."""
 
-from kernels.cross_entropy import CHUNK_LOGITS
 from model.config import ModelConfig
 from model.execution import Execution, fused_on
 from training.config import RunConfig
@@ -35,6 +34,7 @@ def activation_bytes(
     autocast: bool = False,
     execution: Execution | None = None,
     fused: bool = False,
+    compiled: bool = False,
 ) -> int:
     """Bytes that the forward pass of `tokens` tokens keeps for the backward pass, without logits,
     and with recomputation the layer that the backward pass has rebuilt at the time.
@@ -50,18 +50,23 @@ def activation_bytes(
     - recompute_ffn leaves out the output of the other norm and all of the network but gate and up
       (ReLU: the product before it, which is all there is) and the latents of fused projections;
     - recompute_blocks keeps the block's input, d, alone.
-    Compiled blocks keep about as much as recompute_ffn does: Inductor rebuilds what is cheap.
+    Compiled blocks keep 3f of SwiGLU: Inductor rebuilds silu(gate).
     """
     execution = execution or Execution()
-    full = layer_bytes(model, element, autocast, Execution(), fused)
-    kept = layer_bytes(model, element, autocast, execution, fused)
+    full = layer_bytes(model, element, autocast, Execution(), fused, compiled)
+    kept = layer_bytes(model, element, autocast, execution, fused, compiled)
     d = model.hidden_size
     final = d * (4 + element) if autocast else 2 * d * element
     return tokens * (model.num_layers * kept + (full - kept) + final)
 
 
 def layer_bytes(
-    model: ModelConfig, element: int, autocast: bool, execution: Execution, fused: bool
+    model: ModelConfig,
+    element: int,
+    autocast: bool,
+    execution: Execution,
+    fused: bool,
+    compiled: bool = False,
 ) -> int:
     """Bytes that one block keeps per token; see activation_bytes."""
     assert model.head_dim is not None
@@ -85,7 +90,10 @@ def layer_bytes(
         if fused:
             kept += [p.rank for p in network.values() if p.rank]
     else:
-        kept.append((4 if llama else 1) * f + sum(p.rank or 0 for p in network.values()))
+        kept.append(
+            ((3 if compiled else 4) if llama else 1) * f
+            + sum(p.rank or 0 for p in network.values())
+        )
         kept.append(d * (2 if autocast and llama else 1))
     statistics = 4 * model.num_heads + (4 if fused else 0)
     dropped = 2 * d if model.dropout else 0
@@ -102,7 +110,7 @@ def logits_bytes(
     execution = execution or Execution()
     chunk = tokens
     if execution.loss != "whole":
-        chunk = min(tokens, execution.loss_chunk_tokens or max(1, CHUNK_LOGITS // model.vocab_size))
+        chunk = min(tokens, execution.chunk_tokens(model.vocab_size))
     logits = chunk * model.vocab_size * (12 if element == 4 else 12 + element)
     if chunk == tokens:
         return logits
@@ -122,7 +130,13 @@ def bytes_per_rank(run: RunConfig, stage: int, world_size: int) -> dict[str, int
     # On the CPU "auto" means plain torch; the table is for GPUs, and an H100's kernels.
     fused = fused_on(run.model, run.execution, 90, run.training.torch_dtype)
     parts["activations"] = activation_bytes(
-        run.model, tokens, element, autocast, run.execution, fused
+        run.model,
+        tokens,
+        element,
+        autocast,
+        run.execution,
+        fused,
+        compiled=run.execution.compile != "off",
     )
     if autocast:
         parts["weights"] += (

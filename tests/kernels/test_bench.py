@@ -10,6 +10,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -50,6 +51,15 @@ def command(*arguments: str) -> subprocess.CompletedProcess[str]:
         timeout=120,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Tensors this small only wait for a second thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 # --- the command, once --------------------------------------------------------------------------
@@ -719,6 +729,7 @@ def test_write_leaves_the_old_file_or_the_new_one(tmp_path, monkeypatch):
         report.write(path, "new content")
     assert error.value.filename == str(path)
     assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
     monkeypatch.setattr(Path, "write_bytes", real)
 
     def no_rename(*_: Any) -> None:

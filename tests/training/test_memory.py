@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from kernels.reference import rotary_table
 from model import ModelConfig, Transformer, init_weights
 from model.configure import configure
 from model.execution import Execution
@@ -60,6 +61,38 @@ def test_activations_are_those_measured(changes, execution):
     assert formula + composite == pytest.approx(measured, rel=0.03)
 
 
+def saved_by_graph(y: torch.Tensor, model: Transformer) -> int:
+    """Bytes that the nodes behind y keep for the backward pass, without parameters."""
+    known = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    nodes, kept = {y.grad_fn}, {}
+    todo = list(nodes)
+    while todo:
+        node = todo.pop()
+        for tensor in getattr(node, "saved_tensors", ()):
+            if isinstance(tensor, torch.Tensor) and tensor.is_floating_point():
+                kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        following = {n for n, _ in node.next_functions if n is not None} - nodes
+        nodes |= following
+        todo += following
+    return sum(size for storage, size in kept.items() if storage not in known)
+
+
+@pytest.mark.parametrize("rebuild", [{}, REBUILD[0], REBUILD[0] | REBUILD[1]], ids="+".join)
+@pytest.mark.parametrize("r", [None, 32])
+def test_activations_of_compiled_blocks(r, rebuild):
+    """What the graph that Inductor compiled keeps; without the rotary table."""
+    torch._dynamo.reset()
+    config = ModelConfig(**(SHAPE | {"num_heads": 2, "num_layers": 1, "r": r}))
+    model, how = Transformer(config), Execution(kernels="triton", compile="on", **rebuild)
+    init_weights(model, 0)
+    configure(model, how, torch.device("cpu"), torch.float32)
+    table = rotary_table(torch.arange(64), 64, 1e4)
+    y = model.layers[0](torch.randn(2, 64, 128, requires_grad=True), table)
+    measured = saved_by_graph(y, model) - sum(t.nbytes for t in table)
+    formula = 2 * 64 * memory.layer_bytes(config, 4, False, how, fused=True, compiled=True)
+    assert formula == pytest.approx(measured, rel=0.02)
+
+
 @pytest.mark.parametrize("r", [16, 96])
 def test_low_dimensional_attention_keeps_its_latents(r):
     """4r more a token and layer, measured and by the formula."""
@@ -80,21 +113,21 @@ def test_low_dimensional_attention_keeps_its_latents(r):
     ids=["130m", "370m"],
 )
 def test_activation_bytes_a_token_and_layer(shape, vanilla, naive, qkv, both):
-    """bf16, counted by hand: x, x̂, q, k, v, o, x2, x̂2, gate, up and their product for vanilla; the
-    latents besides for LPA; x, h, h_o, o, x2, x̂2, gate, up, product with recompute_qkv; neither x̂2
-    nor the product with recompute_ffn. The formula also has silu(gate) where it is not rebuilt, and
-    the statistics of attention and norm.
+    """Compiled, bf16, counted by hand: x, x̂, q, k, v, o, x2, x̂2, gate, up and their product for
+    vanilla; the latents besides for LPA; x, h, h_o, o, x2, x̂2, gate, up, product with
+    recompute_qkv; neither x̂2 nor the product with recompute_ffn. The formula also has the
+    statistics of attention and norm.
     """
     d, heads, f, r = shape
     sizes = {"vocab_size": 64, "hidden_size": d, "intermediate_size": f, "num_heads": heads}
 
     def layer(rank: int | None, fused: bool, **execution: bool) -> int:
         model = ModelConfig(**sizes, num_layers=1, r=rank)
-        return memory.layer_bytes(model, 2, False, Execution(**execution), fused)
+        return memory.layer_bytes(model, 2, False, Execution(**execution), fused, compiled=True)
 
-    statistics, silu, rstd = 4 * heads, 2 * f, 4
-    assert layer(None, False) == vanilla + statistics + silu
-    assert layer(r, False) == naive + statistics + silu
-    assert layer(r, True, recompute_qkv=True) == qkv + statistics + silu + rstd
+    statistics, rstd = 4 * heads, 4
+    assert layer(None, False) == vanilla + statistics
+    assert layer(r, False) == naive + statistics
+    assert layer(r, True, recompute_qkv=True) == qkv + statistics + rstd
     both_bytes = layer(r, True, recompute_qkv=True, recompute_ffn=True)
     assert both_bytes == both + statistics + rstd
