@@ -108,7 +108,7 @@ NAMES = pytest.mark.parametrize("name", OPERATORS)
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
-@pytest.mark.parametrize("extremes", [False, True], ids=["", "extremes"])
+@pytest.mark.parametrize("extremes", [False, True], ids=["ordinary", "extremes"])
 @SIZES
 def test_kernels(size, extremes, dtype, launches, guards):
     """Ragged rows between rows of NaN, results in buffers of NaN."""
