@@ -16,7 +16,7 @@ def to_autocast(*tensors: Tensor) -> list[Tensor]:
     if not torch.is_autocast_enabled(kind):
         return list(tensors)
     dtype = torch.get_autocast_dtype(kind)
-    return [t.to(dtype) for t in tensors]
+    return [t if t.dtype == torch.float64 else t.to(dtype) for t in tensors]  # as autocast does
 
 
 def check_same_kind(x: Tensor, /, **tensors: Tensor) -> None:
@@ -32,8 +32,9 @@ def check_same_kind(x: Tensor, /, **tensors: Tensor) -> None:
 
 def check_factors(name: str, matrices: Sequence[Tensor], x: Tensor) -> None:
     """Three matrices (n, d) for x (..., d)."""
-    if len(matrices) != 3:
-        raise ValueError(f"{name}: {len(matrices)} matrices; allowed are 3, for q, k and v")
+    if x.dim() < 2:
+        raise ValueError(f"x: shape {tuple(x.shape)}; allowed is (..., rows, d)")
+    check_count(name, matrices)
     for letter, matrix in zip("qkv", matrices, strict=True):
         label = f"{name}[{letter}]"
         check_same_kind(x, **{"x": x, label: matrix})
@@ -41,6 +42,20 @@ def check_factors(name: str, matrices: Sequence[Tensor], x: Tensor) -> None:
             raise ValueError(
                 f"{label}: shape {tuple(matrix.shape)}; allowed is (rows, {x.size(-1)})"
             )
+
+
+def check_count(name: str, matrices: Sequence[Tensor]) -> None:
+    """One each for q, k and v."""
+    if len(matrices) != 3:
+        raise ValueError(f"{name}: {len(matrices)} matrices; allowed are 3, for q, k and v")
+
+
+def check_three(name: str, matrices: Sequence[Tensor]) -> None:
+    """One matrix each for q, k and v."""
+    check_count(name, matrices)
+    for letter, matrix in zip("qkv", matrices, strict=True):
+        if matrix.dim() != 2:
+            raise ValueError(f"{name}[{letter}]: shape {tuple(matrix.shape)}; allowed is (rows, r)")
 
 
 def check_norm_weight(norm_weight: Tensor, x: Tensor) -> None:
@@ -66,9 +81,14 @@ def check_head_dim(head_dim: int, **matrices: Tensor) -> None:
         raise ValueError(f"{v[0]}: {v[1].size(0)} rows; allowed are {k[1].size(0)}, as {k[0]} has")
 
 
-def check_table(cos: Tensor, sin: Tensor, length: int, head_dim: int) -> None:
-    """A rotary table with a row for each of the positions."""
+def check_table(cos: Tensor, sin: Tensor, x: Tensor, head_dim: int) -> None:
+    """A rotary table in floating point, beside x (B, T, ...), with a row for each position."""
+    length = x.size(1)
     for name, table in (("cos", cos), ("sin", sin)):
+        if table.device != x.device:
+            raise ValueError(f"{name}: on {table.device}; allowed is {x.device}, as the input")
+        if table.dtype not in (torch.float32, torch.float64):
+            raise ValueError(f"{name}: {table.dtype}; allowed are torch.float32 and torch.float64")
         if table.shape != (length, head_dim // 2):
             raise ValueError(
                 f"{name}: shape {tuple(table.shape)}; allowed is {(length, head_dim // 2)}, "

@@ -98,7 +98,9 @@ def project(
     from kernels.triton import launch
 
     x = x if x.stride(1) == 1 else x.contiguous()
-    return launch.project(x, weight.contiguous(), rstd, cos, sin, head_dim, config)
+    return launch.project(
+        x, weight.contiguous(), rstd, _packed(cos), _packed(sin), head_dim, config
+    )
 
 
 def norm_backward_matmul(
@@ -156,7 +158,7 @@ def unrotate(
         return y if out is None else out.copy_(y)
     from kernels.triton import launch
 
-    return launch.unrotate(x.contiguous(), cos, sin, head_dim, rstd, out)
+    return launch.unrotate(x.contiguous(), cos.contiguous(), sin.contiguous(), head_dim, rstd, out)
 
 
 def _packed(x: Tensor | None) -> Tensor | None:

@@ -28,6 +28,7 @@ from kernels.checks import (
     check_norm_weight,
     check_same_kind,
     check_table,
+    check_three,
     to_autocast,
 )
 
@@ -178,9 +179,9 @@ def norm_down(x: Tensor, norm_weight: Tensor, factors: Triple, eps: float) -> tu
     x, norm_weight, *factors_list = to_autocast(x, norm_weight, *factors)
     check_factors("factors", factors_list, x)
     check_norm_weight(norm_weight, x)
-    rows = x.reshape(-1, x.size(-1))
+    rows = x.flatten(0, -2)
     h, residual = _NormDown.apply(rows, row_rstd(rows, eps), norm_weight, *factors_list)
-    return h.view(*x.shape[:-1], -1), _residual(whole, residual)
+    return h.view(*x.shape[:-1], h.size(-1)), _residual(whole, residual)
 
 
 def _residual(x: Tensor, residual: Tensor) -> Tensor:
@@ -275,17 +276,22 @@ def up_rotary(h: Tensor, factors: Triple, cos: Tensor, sin: Tensor, head_dim: in
     sin (T, D/2) as from reference.rotary_table for the T positions -> q (B, T, H, D), k and v
     (B, T, H_kv, D). ValueError where shapes, dtypes or devices do not fit.
     """
-    h, *factors_list = to_autocast(h, *factors)
-    b_q, b_k, b_v = factors_list
+    check_three("factors", factors)
+    h, b_q, b_k, b_v = to_autocast(h, *factors)
     check_same_kind(h, h=h, b_q=b_q, b_k=b_k, b_v=b_v)
     latents = b_q.size(1) + b_k.size(1) + b_v.size(1)
     if h.dim() != 3 or h.size(2) != latents:
         raise ValueError(f"h: shape {tuple(h.shape)}; allowed is (B, T, {latents}), the ranks' sum")
     check_head_dim(head_dim, b_q=b_q, b_k=b_k, b_v=b_v)
-    check_table(cos, sin, h.size(1), head_dim)
-    q, k, v = _up_rotary(h.reshape(-1, latents), b_q, b_k, b_v, cos, sin, head_dim)
-    shape = (h.size(0), h.size(1), -1, head_dim)
-    return q.view(shape), k.view(shape), v.view(shape)
+    check_table(cos, sin, h, head_dim)
+    rows = h.reshape(h.size(0) * h.size(1), latents)
+    q, k, v = _up_rotary(rows, b_q, b_k, b_v, cos, sin, head_dim)
+    return _heads(q, h, head_dim), _heads(k, h, head_dim), _heads(v, h, head_dim)
+
+
+def _heads(rows: Tensor, x: Tensor, head_dim: int) -> Tensor:
+    """Rows (B·T, H·D) of x (B, T, ...) as (B, T, H, D)."""
+    return rows.view(x.size(0), x.size(1), rows.size(1) // head_dim, head_dim)
 
 
 # --- norm_qkv: the vanilla layer, fused alike ---------------------------------------------------
@@ -440,13 +446,13 @@ def norm_qkv(
         raise ValueError(f"x: shape {tuple(x.shape)}; allowed is (B, T, d)")
     w_q, w_k, w_v = weights_list
     check_head_dim(head_dim, w_q=w_q, w_k=w_k, w_v=w_v)
-    check_table(cos, sin, x.size(1), head_dim)
-    rows = x.reshape(-1, x.size(2))
+    check_table(cos, sin, x, head_dim)
+    rows = x.reshape(x.size(0) * x.size(1), x.size(2))
     q, k, v, residual = _NormQKV.apply(
         rows, row_rstd(rows, eps), norm_weight, w_q, w_k, w_v, cos, sin, head_dim
     )
-    shape = (x.size(0), x.size(1), -1, head_dim)
-    return q.view(shape), k.view(shape), v.view(shape), _residual(whole, residual)
+    q, k, v = _heads(q, x, head_dim), _heads(k, x, head_dim), _heads(v, x, head_dim)
+    return q, k, v, _residual(whole, residual)
 
 
 # --- low_dim_linear -----------------------------------------------------------------------------
@@ -523,26 +529,19 @@ def _(
 
 
 def _save_low_dim(ctx: Any, inputs: Any, output: Any) -> None:
-    x, a, b, bias_a, bias_b, _ = inputs
-    ctx.biased = (bias_a is not None, bias_b is not None)
+    x, a, b, *_ = inputs
     ctx.save_for_backward(x, output[1], a, b)
 
 
 def _low_dim_grads(ctx: Any, dy: Tensor, _: Tensor) -> Any:
     x, h, a, b = ctx.saved_tensors
-    dy = dy.contiguous()
-    inputs, weights = ctx.needs_input_grad[0], any(ctx.needs_input_grad[1:3])
-    dx, da, db, d_bias_a, d_bias_b = _low_dim_backward(
-        dy, x, h, a, b, inputs, weights, any(ctx.biased)
-    )
-    return (
-        dx if inputs else None,
-        da if weights else None,
-        db if weights else None,
-        d_bias_a if ctx.biased[0] else None,
-        d_bias_b if ctx.biased[1] else None,
-        dy if ctx.needs_input_grad[5] else None,
-    )
+    needed = ctx.needs_input_grad
+    d_residual = dy if needed[5] else None
+    if not any(needed[:5]):
+        return None, None, None, None, None, d_residual
+    inputs, weights, biases = needed[0], any(needed[1:3]), any(needed[3:5])
+    grads = _low_dim_backward(dy.contiguous(), x, h, a, b, inputs, weights, biases)
+    return *(g if wanted else None for g, wanted in zip(grads, needed, strict=False)), d_residual
 
 
 _low_dim.register_autograd(_low_dim_grads, setup_context=_save_low_dim)
@@ -563,8 +562,12 @@ def low_dim_linear(
     """
     given = {"a": a, "b": b, "bias_a": bias_a, "bias_b": bias_b}
     named = {name: t for name, t in given.items() if t is not None}
+    dtype = x.dtype
     x, *cast = to_autocast(x, *named.values())
+    was_cast = x.dtype != dtype
     named = dict(zip(named, cast, strict=True))
+    if x.dim() < 2:
+        raise ValueError(f"x: shape {tuple(x.shape)}; allowed is (..., rows, d_in)")
     check_same_kind(x, x=x, **named)
     a, b = named["a"], named["b"]
     if a.dim() != 2 or a.size(1) != x.size(-1):
@@ -578,10 +581,10 @@ def low_dim_linear(
     for name, expected in allowed.items():
         if name in named and tuple(named[name].shape) != expected:
             raise ValueError(f"{name}: shape {tuple(named[name].shape)}; allowed is {expected}")
-    rows, added = x.reshape(-1, x.size(-1)), None
-    if residual is not None and residual.dtype == x.dtype:
+    rows, added = x.flatten(0, -2), None
+    if residual is not None and (residual.dtype == x.dtype or not was_cast):
         check_same_kind(x, residual=residual)
-        added = residual.reshape(-1, b.size(0))
+        added = residual.flatten(0, -2)
     y, _ = _low_dim(rows, a, b, named.get("bias_a"), named.get("bias_b"), added)
     y = y.view(shape)
     # Under autocast the residual stream keeps its own, wider dtype.

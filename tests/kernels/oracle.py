@@ -255,9 +255,9 @@ def assert_accurate(
     name: str, result: Tensor, plain: Tensor, exact: Tensor, chained: int = 1, terms: int = 4
 ) -> None:
     """At most twice the error of plain torch in the same dtype (FlashAttention's rule), and under
-    the ceiling of the dtype for each of the operators chained; both in the Frobenius norm. A sum
-    of that many terms in float32 may take them in another order than torch: the rounding errors
-    of a random walk, sqrt(terms) · 2^-24, are granted beside the first limit. NaN is never accepted.
+    the ceiling of the dtype for each of the operators chained; both in the Frobenius norm. Beside
+    the first limit a sum of that many terms in float32, which torch may take in another order, is
+    granted the rounding errors of a random walk, sqrt(terms) · 2^-24. NaN is never accepted.
     """
     size = exact.norm().item()
     error = (result.to(F64) - exact).norm().item()

@@ -15,8 +15,12 @@ from typing import Any
 import pytest
 import torch
 
-from kernels import aot
-from kernels.aot import Launch, Readings, Variant
+from kernels.aot import __main__ as command
+from kernels.aot import machine, occupancy, ptx, readings, rules, table, variants
+from kernels.aot.compile import compile_and_read
+from kernels.aot.launch import Launch, record
+from kernels.aot.readings import Readings
+from kernels.aot.variants import ROWS, Variant
 from kernels.triton import configs
 from kernels.triton.configs import Config
 from tests.conftest import ROOT
@@ -27,7 +31,7 @@ tl = triton.language
 compiling = pytest.mark.skipif(
     triton.knobs.runtime.interpret, reason="nothing compiles under TRITON_INTERPRET"
 )
-TABLE = ROOT / "docs" / "kernels_table.md"
+TABLE = ROOT / "docs" / "kernels.md"
 BF16, F32 = torch.bfloat16, torch.float32
 TILE = Config(128, 128, 64, num_warps=8, num_stages=3)
 
@@ -63,7 +67,7 @@ def test_every_shipped_launch_keeps_every_rule(run: Any):
 
 def test_table_is_fresh(run: Any):
     fresh = run.stdout.rpartition("\n\n")[0] + "\n"
-    different = aot.difference(TABLE.read_text(encoding="utf-8"), fresh)
+    different = table.difference(TABLE.read_text(encoding="utf-8"), fresh)
     assert not different, "in the tree (-), compiled now (+):\n" + "\n".join(different)
 
 
@@ -87,10 +91,10 @@ def test_readings_have_what_the_rules_look_at(run: Any):
 
 
 def test_every_configuration_and_size_is_compiled(run: Any):
-    variants = run.readings["variants"]
-    seen = {(v["architecture"], v["size"]) for v in variants if v["dtype"] == "bf16"}
+    compiled = run.readings["variants"]
+    seen = {(v["architecture"], v["size"]) for v in compiled if v["dtype"] == "bf16"}
     assert {(a, s) for a in configs.ARCHITECTURES for s in configs.SIZES} <= seen
-    launched = [dict(v["launch"]["constants"]) | dict(v["launch"]["options"]) for v in variants]
+    launched = [dict(v["launch"]["constants"]) | dict(v["launch"]["options"]) for v in compiled]
     names = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "num_warps", "num_stages")
     tiles = {tuple(launch.get(name) for name in names) for launch in launched}
     shipped = [value for value in vars(configs).values() if isinstance(value, Config)]
@@ -109,7 +113,7 @@ def meta(*shape: int, dtype: torch.dtype = BF16) -> torch.Tensor:
 @compiling
 def test_variants_follow_the_table(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(configs, "SIZES", {"new": configs.Size(640, 64, 128)})
-    found = {v.operation: v for v in aot.variants((100,)) if v.size == "new"}
+    found = {v.operation: v for v in variants.shipped((100,)) if v.size == "new"}
     assert {"norm_down", "up_rotary", "norm_qkv, rotated", "row_rstd", "unrotate"} <= set(found)
     down = dict(found["norm_down"].launch.constants)
     assert (down["N"], down["K"], down["BLOCK_N"]) == (192, 640, 64)
@@ -125,7 +129,7 @@ def test_variants_follow_the_launches(monkeypatch: pytest.MonkeyPatch):
 
     blocks = {"BLOCK_M": 2, "BLOCK_N": 4096, "num_warps": 16}
     monkeypatch.setattr(launch, "_row_blocks", lambda columns: blocks)
-    rows = [v for v in aot.variants((90,)) if v.operation == "row_rstd"]
+    rows = [v for v in variants.shipped((90,)) if v.operation == "row_rstd"]
     assert rows
     assert {v.launch.shape for v in rows} == {"2×4096, 16 warps"}
 
@@ -133,24 +137,24 @@ def test_variants_follow_the_launches(monkeypatch: pytest.MonkeyPatch):
 @compiling
 def test_a_size_without_configuration_is_found(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(configs, "SIZES", {"odd": configs.Size(200, 64, 64)})
-    (variant,) = [v for v in aot.variants((100,)) if v.operation == "up_rotary"]
+    (variant,) = [v for v in variants.shipped((100,)) if v.operation == "up_rotary"]
     assert variant.launch is None
-    (message,) = aot.violations(variant, Readings())
+    (message,) = rules.violations(variant, Readings())
     assert message.startswith("compiles: no configuration: 200 columns")
-    assert f"| sm_100 | up_rotary | odd | bf16 | {' | '.join('------')} |" in aot.table(
+    assert f"| sm_100 | up_rotary | odd | bf16 | {' | '.join('------')} |" in table.page(
         [(variant, Readings())]
     )
 
 
 def product(
-    config: Config = TILE, dtype: torch.dtype = BF16, rows: int = aot.ROWS, stride: int = 1024
+    config: Config = TILE, dtype: torch.dtype = BF16, rows: int = ROWS, stride: int = 1024
 ) -> Launch:
     """The launch of a scaled projection, 1024 to 768 features, x with a row stride."""
     from kernels.triton import launch
 
     x = torch.empty_strided((rows, 1024), (stride, 1), device="meta", dtype=dtype)
     weight, rstd = meta(768, 1024, dtype=dtype), meta(rows, dtype=F32)
-    return aot.record(lambda: launch.project(x, weight, rstd, None, None, 0, config))
+    return record(lambda: launch.project(x, weight, rstd, None, None, 0, config))
 
 
 @compiling
@@ -174,7 +178,7 @@ def test_launches_are_specialised_as_at_run_time():
 def test_recording_leaves_triton_as_it_was():
     before = triton.runtime.JITFunction.run
     with pytest.raises(ZeroDivisionError):
-        aot.record(lambda: 1 / 0)
+        record(lambda: 1 / 0)
     assert triton.runtime.JITFunction.run is before
 
 
@@ -212,7 +216,7 @@ ROW_WISE = {"constants": (("BLOCK_M", 4),), "options": (("num_warps", 8),)}
 def broken(variant: Variant, **changes: Any) -> set[str]:
     """The rules that good readings with these changes violate."""
     read = dataclasses.replace(GOOD, **changes)
-    return {message.partition(":")[0] for message in aot.violations(variant, read)}
+    return {message.partition(":")[0] for message in rules.violations(variant, read)}
 
 
 @pytest.mark.parametrize("architecture", configs.ARCHITECTURES)
@@ -249,11 +253,11 @@ def test_each_rule_can_fail(rule: str, changes: dict[str, Any]):
 
 
 def test_every_rule_is_asked_and_says_why():
-    functions = [f for f in vars(aot).values() if inspect.isfunction(f)]
-    rules = [f for f in functions if [*inspect.signature(f).parameters] == ["variant", "read"]]
-    rules = [f for f in rules if inspect.signature(f).return_annotation == str | None]
-    assert set(rules) == {aot.compiles, *aot.RULES}
-    assert all(len(rule.__doc__) > 80 for rule in rules)
+    functions = [f for f in vars(rules).values() if inspect.isfunction(f)]
+    found = [f for f in functions if [*inspect.signature(f).parameters] == ["variant", "read"]]
+    found = [f for f in found if inspect.signature(f).return_annotation == str | None]
+    assert set(found) == {rules.compiles, *rules.RULES}
+    assert all(len(rule.__doc__) > 80 for rule in found)
 
 
 @pytest.mark.parametrize(
@@ -289,7 +293,7 @@ def test_the_limits_are_those_of_the_architecture():
     ],
 )
 def test_programs_of_a_multiprocessor(architecture: int, read: Readings, expected: int):
-    assert aot.programs(variant(architecture), read) == expected
+    assert occupancy.programs(variant(architecture), read) == expected
 
 
 LOG = """ptxas info    : 0 bytes gmem
@@ -302,11 +306,11 @@ ptxas info    : Used 255 registers, used 1 barriers, 616 bytes cumulative stack 
 
 
 def test_the_assemblers_log_is_read():
-    read = aot.read_log(LOG)
+    read = readings.read_log(LOG)
     assert (read["registers"], read["stack"], read["spilled"]) == (255, 616, 652)
     assert [warning[:7] for warning in read["warnings"]] == ["(C7515)"]
     with pytest.raises(AssertionError, match="no registers"):
-        aot.read_log("")
+        readings.read_log("")
 
 
 # A main loop as the compiler makes it; {…} is where the tests change it.
@@ -345,23 +349,23 @@ SOUND = {"wait": "1", "barrier": "bar.sync \t0;", "late": "", "last": "bar.sync 
     ],
 )
 def test_a_missing_barrier_is_found(changes: dict[str, str], unguarded: int):
-    assert aot.unguarded_writes(LOOP.format(**SOUND | changes)) == unguarded
+    assert ptx.unguarded_writes(LOOP.format(**SOUND | changes)) == unguarded
 
 
 def test_a_missing_barrier_over_the_end_of_a_loop_is_found():
-    ptx = "$L1:\n st.shared.b32 [%r1], %r2;\n wgmma.wait_group.sync.aligned 0;\n @%p1 bra $L1;\n"
-    assert aot.unguarded_writes(ptx) == 1
-    assert aot.unguarded_writes(ptx.replace(" @%p1", " bar.sync \t0;\n @%p1")) == 0
+    text = "$L1:\n st.shared.b32 [%r1], %r2;\n wgmma.wait_group.sync.aligned 0;\n @%p1 bra $L1;\n"
+    assert ptx.unguarded_writes(text) == 1
+    assert ptx.unguarded_writes(text.replace(" @%p1", " bar.sync \t0;\n @%p1")) == 0
 
 
 def test_pending_groups_are_those_of_loops():
-    assert aot.pending_groups(LOOP.format(**SOUND)) == (1,)
-    assert aot.pending_groups(LOOP.format(**SOUND | {"wait": "0"})) == (0,)
-    assert aot.pending_groups("wgmma.mma_async x;\nwgmma.wait_group.sync.aligned 1;\n") == ()
+    assert ptx.pending_groups(LOOP.format(**SOUND)) == (1,)
+    assert ptx.pending_groups(LOOP.format(**SOUND | {"wait": "0"})) == (0,)
+    assert ptx.pending_groups("wgmma.mma_async x;\nwgmma.wait_group.sync.aligned 1;\n") == ()
 
 
 def test_widths_of_loads():
-    ptx = """
+    text = """
     @%p1 ld.global.v4.b32 { %r1, %r2, %r3, %r4 }, [ %rd1 + 0 ];
     ld.global.L1::evict_last.v2.b32 { %r1, %r2 }, [ %rd1 + 0 ];
     ld.global.b16 { %rs1 }, [ %rd1 + 0 ];
@@ -370,7 +374,7 @@ def test_widths_of_loads():
     cp.async.ca.shared.global [ %r1 + 0 ], [ %rd1 + 0 ], 4;
     cp.async.wait_group 0;
     """
-    found = aot.widths_of_loads(ptx)
+    found = ptx.widths_of_loads(text)
     assert found["loads"] == {"128": 1, "16": 1, "64": 1}
     assert found["copies"] == {"128": 1, "32": 1}
 
@@ -388,7 +392,7 @@ def test_operand_depths_follow_the_operands():
     """
 
     def depths(dot: str) -> tuple[tuple[int, int], ...]:
-        return aot.operand_depths(ttgir + dot)
+        return readings.operand_depths(ttgir + dot)
 
     assert depths("%d = ttng.warp_group_dot %x_1, %w_1, %acc : x\n") == ((2, 3),)
     assert depths("%d = ttng.warp_group_dot %w_1, %w_1, %acc : x\n") == ((3, 3),)
@@ -396,6 +400,28 @@ def test_operand_depths_follow_the_operands():
     assert depths("ttng.tc_gen5_mma %carried, %w_1, %acc, %true : x\n") == ((2, 3),)
     assert depths("%d = ttng.warp_group_dot %somewhere, %w_1, %acc : x\n") == ((0, 3),)
     assert depths("") == ()
+
+
+def test_tensor_cores_are_counted_kernel_by_kernel(monkeypatch: pytest.MonkeyPatch):
+    code = """
+        /*0000*/                   HMMA.16816.F32.BF16 R4, R8, R2, R4 ;
+        /*0010*/                   MOV R1, c[0x0][0x28] ;
+        /*0020*/              @!P1 HGMMA.64x128x16.F32.BF16 R24, gdesc[UR4], R24 ;
+        /*0030*/                   UTCHMMA gdesc[UR8], gdesc[UR10], tmem[UR5], UP1 ;
+    """
+    monkeypatch.setattr(machine, "_disassembled", lambda architecture, joined: code)
+    assert machine.tensor_core_counts(90, [bytes(32), bytes(32)]) == [1, 2]
+    assert machine.tensor_core_counts(90, [bytes(16), bytes(16), bytes(32)]) == [1, 0, 2]
+
+
+def test_the_page_says_what_the_rules_refuse():
+    said = table.page([(variant(), GOOD)])
+    for rule in (rules.compiles, *rules.RULES):
+        (line,) = [line for line in said.splitlines() if line.startswith(f"- `{rule.__name__}`: ")]
+        assert len(line) > 60
+        assert "Measured" not in line
+    for used in table.versions().values():
+        assert used in said
 
 
 # --- the rules find it in real code too ---------------------------------------------------------
@@ -424,15 +450,15 @@ def sum_of_squares_kernel(x_ptr, w_ptr, y_ptr, BLOCK_K: tl.constexpr):  # noqa: 
 def sum_of_squares() -> Launch:
     x = meta(1024, 1024)
     kernel = sum_of_squares_kernel[(8, 8)]
-    return aot.record(lambda: kernel(x, x, x, BLOCK_K=64, num_warps=8, num_stages=3))
+    return record(lambda: kernel(x, x, x, BLOCK_K=64, num_warps=8, num_stages=3))
 
 
 def gradient(config: Config) -> Launch:
     from kernels.triton import launch
 
-    dhs, a, x = meta(aot.ROWS, 768), meta(768, 1024), meta(aot.ROWS, 1024)
-    rstd = meta(aot.ROWS, dtype=F32)
-    return aot.record(lambda: launch.norm_backward_matmul(dhs, a, x, rstd, x, config))
+    dhs, a, x = meta(ROWS, 768), meta(768, 1024), meta(ROWS, 1024)
+    rstd = meta(ROWS, dtype=F32)
+    return record(lambda: launch.norm_backward_matmul(dhs, a, x, rstd, x, config))
 
 
 def few_registers() -> Launch:
@@ -441,8 +467,8 @@ def few_registers() -> Launch:
 
 
 def found_in(launch: Launch, architecture: int = 90) -> tuple[dict[str, str], Readings]:
-    read = aot.compile_and_read(architecture, launch)
-    messages = aot.violations(Variant(architecture, "x", "x", "bf16", launch), read)
+    read = compile_and_read(architecture, launch)
+    messages = rules.violations(Variant(architecture, "x", "x", "bf16", launch), read)
     return dict(message.split(": ", 1) for message in messages), read
 
 
@@ -490,14 +516,25 @@ def test_bad_launches_are_found(
 @compiling
 def test_a_barrier_taken_out_of_real_code_is_found(monkeypatch: pytest.MonkeyPatch):
     texts = []
-    unguarded = aot.unguarded_writes
-    monkeypatch.setattr(aot, "unguarded_writes", lambda ptx: texts.append(ptx) or unguarded(ptx))
+    unguarded = ptx.unguarded_writes
+    monkeypatch.setattr(ptx, "unguarded_writes", lambda ptx: texts.append(ptx) or unguarded(ptx))
     found, read = found_in(product())
     assert not found
     assert read.unguarded == 0
     before, wait, after = texts[0].partition("wgmma.wait_group.sync.aligned 1;")
     assert wait
     assert unguarded(before + wait + after.replace("bar.sync", "//", 1)) > 0
+
+
+@compiling
+def test_a_failing_disassembler_is_an_error_of_the_variant(monkeypatch: pytest.MonkeyPatch):
+    def fail(architecture: int, code: bytes) -> str:
+        raise subprocess.CalledProcessError(1, "nvdisasm")
+
+    monkeypatch.setattr(machine, "_disassembled", fail)
+    found, _ = found_in(product())
+    assert set(found) == {"compiles"}
+    assert "nvdisasm" in found["compiles"]
 
 
 # --- the command --------------------------------------------------------------------------------
@@ -507,16 +544,16 @@ def test_a_barrier_taken_out_of_real_code_is_found(monkeypatch: pytest.MonkeyPat
 def compiled(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Variant, Readings]]:
     """Stands in for the compilations; a test changes the results."""
     results = [(variant(), GOOD)]
-    monkeypatch.setattr(aot, "variants", lambda _: [v for v, _ in results])
-    monkeypatch.setattr(aot, "compile_all", lambda _: results)
+    monkeypatch.setattr(command, "shipped", lambda _: [v for v, _ in results])
+    monkeypatch.setattr(command, "compile_all", lambda _: results)
     return results
 
 
 @compiling
 def test_a_violation_is_exit_code_1(compiled: Any, capsys: pytest.CaptureFixture[str]):
-    assert aot.main([]) == 0
+    assert command.main([]) == 0
     compiled[:] = [(variant(), dataclasses.replace(GOOD, stack=8))]
-    assert aot.main([]) == 1
+    assert command.main([]) == 1
     said = capsys.readouterr().err
     assert said.startswith("violated: norm_down, 370m, bf16, sm_90: no_spills: 8 bytes of stack")
 
@@ -526,12 +563,12 @@ def test_a_differing_table_is_exit_code_1(
     compiled: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     page = tmp_path / "table.md"
-    assert aot.main(["--table", str(page)]) == 0
-    assert aot.main(["--check", str(page)]) == 0
+    assert command.main(["--table", str(page)]) == 0
+    assert command.main(["--check", str(page)]) == 0
     assert "sm_90" in page.read_text()
     compiled[:] = [(variant(), dataclasses.replace(GOOD, registers=99))]
     capsys.readouterr()
-    assert aot.main(["--check", str(page)]) == 1
+    assert command.main(["--check", str(page)]) == 1
     lines = capsys.readouterr().err.splitlines()
     assert [line[:2] for line in lines[1:]] == ["-|", "+|"]
     assert " 120 " in lines[1]
@@ -543,10 +580,10 @@ def test_a_dead_compiler_is_one_line(
     compiled: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     def die(_: Any) -> None:
-        raise aot.BrokenProcessPool
+        raise command.BrokenProcessPool
 
-    monkeypatch.setattr(aot, "compile_all", die)
-    assert aot.main([]) == 1
+    monkeypatch.setattr(command, "compile_all", die)
+    assert command.main([]) == 1
     assert capsys.readouterr().err.startswith("a compiling process died")
 
 
@@ -574,7 +611,7 @@ def test_bad_input_is_one_line(
     (tmp_path / "file").write_text("")
     (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(SystemExit) as left:
-        aot.main([argument.format(folder=tmp_path) for argument in arguments])
+        command.main([argument.format(folder=tmp_path) for argument in arguments])
     assert left.value.code == 2
     said = capsys.readouterr()
     assert said.out == ""
@@ -587,7 +624,7 @@ def test_an_unwritable_folder_is_refused(
 ):
     monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write anywhere
     with pytest.raises(SystemExit) as left:
-        aot.main(["--output", str(tmp_path / "x.json")])
+        command.main(["--output", str(tmp_path / "x.json")])
     assert left.value.code == 2
     assert "cannot be written" in capsys.readouterr().err
 
@@ -597,6 +634,6 @@ def test_the_interpreter_is_refused(
 ):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     with pytest.raises(SystemExit) as left:
-        aot.main([])
+        command.main([])
     assert left.value.code == 2
     assert "TRITON_INTERPRET is set" in capsys.readouterr().err

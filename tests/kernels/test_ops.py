@@ -608,6 +608,51 @@ def test_under_autocast_the_residual_stream_keeps_its_dtype():
     assert torch.autograd.grad(y.sum(), residual)[0].equal(torch.ones_like(residual))
 
 
+def test_autocast_leaves_float64_alone():
+    """As torch's own does."""
+    for name in SINGLE:
+        one = case(name, PLAIN)
+        with torch.autocast("cpu", torch.bfloat16):
+            results = one.ours(*one.inputs.values())
+        for ours, theirs in zip(results, one.ours(*one.inputs.values()), strict=True):
+            assert ours.dtype == torch.float64
+            assert ours.equal(theirs)
+
+
+def test_an_empty_batch():
+    arguments = good()
+    for name, function in (("norm_down", ops.norm_down), ("norm_qkv", ops.norm_qkv)):
+        inputs = arguments[name]
+        x = inputs["x"][:0].requires_grad_()
+        outputs = function(**inputs | {"x": x})
+        sum(t.sum() for t in outputs).backward()
+        assert outputs[0].shape[0] == 0
+        assert x.grad.shape == x.shape
+    assert (
+        ops.up_rotary(**arguments["up_rotary"] | {"h": arguments["up_rotary"]["h"][:0]})[0].shape[0]
+        == 0
+    )
+
+
+def test_what_is_frozen_is_not_computed():
+    """Biases alone, weights alone; and nothing at all where only the residual wants a gradient."""
+    seen: list[tuple[bool, ...]] = []
+    inputs = {key: t.detach() for key, t in good()["low_dim_linear"].items()}
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func is torch.ops.lpa.low_dim_backward.default:
+                seen.append(args[5:])
+            return func(*args, **(kwargs or {}))
+
+    for wanted in (("bias_b",), ("a",), ("residual",), ("x", "b")):
+        leaves = {k: t.clone().requires_grad_(k in wanted) for k, t in inputs.items()}
+        with Watch():
+            ops.low_dim_linear(**leaves).sum().backward()
+        assert {k for k, t in leaves.items() if t.grad is not None} == set(wanted)
+    assert seen == [(False, False, True), (False, True, False), (True, True, False)]
+
+
 # --- errors -------------------------------------------------------------------------------------
 
 
@@ -655,6 +700,18 @@ BAD: list[tuple[str, str, Callable[[Any], Any], str]] = [
     ("norm_down", "norm_weight", shaped(1), "norm_weight: shape (1,); allowed is (12,)"),
     ("norm_down", "norm_weight", Tensor.float, f"norm_weight: {ONE_DTYPE}"),
     ("norm_down", "norm_weight", on_meta, f"norm_weight: {ONE_DEVICE}"),
+    ("norm_down", "x", shaped(12), "x: shape (12,); allowed is (..., rows, d)"),
+    ("norm_down", "x", shaped(), "x: shape (); allowed is (..., rows, d)"),
+    ("up_rotary", "factors", lambda f: f[1:],
+     "factors: 2 matrices; allowed are 3, for q, k and v"),
+    ("up_rotary", "factors", of_three(0, shaped(8)),
+     "factors[q]: shape (8,); allowed is (rows, r)"),
+    ("up_rotary", "cos", on_meta, f"cos: {ONE_DEVICE}"),
+    ("up_rotary", "sin", Tensor.int,
+     "sin: torch.int32; allowed are torch.float32 and torch.float64"),
+    ("norm_qkv", "cos", on_meta, f"cos: {ONE_DEVICE}"),
+    ("low_dim_linear", "x", shaped(12), "x: shape (12,); allowed is (..., rows, d_in)"),
+    ("low_dim_linear", "residual", Tensor.float, f"residual: {ONE_DTYPE}"),
     ("up_rotary", "h", Tensor.int, "h: torch.int32; allowed are floating dtypes"),
     ("up_rotary", "h", shaped(10, 12), "h: shape (10, 12); allowed is (B, T, 12), the ranks' sum"),
     ("up_rotary", "h", shaped(2, 5, 11),
