@@ -22,8 +22,8 @@ python -m kernels.aot --table docs/kernels.md
 ```
 
 with triton {triton}, ptxas {ptxas} for sm_80 and sm_90, and ptxas {ptxas_blackwell} for sm_100.
-With `--check` in place of `--table` the command compares this page with what it compiles. Its exit code
-is 1 where the page differs or a rule is broken. The rules refuse:
+With `--check` in place of `--table` the command compares this page with what it compiles. Its exit
+code is 1 where the page differs or a rule is broken. The rules refuse:
 
 {rules}
 

@@ -3,7 +3,7 @@
 The main loops are plain load and dot. On Hopper, anything else that touches a loaded tile in a
 pipelined loop (a sum of squares, a product with the norm's weight) gets fewer shared-memory buffers
 than the asynchronous dot needs, or serialises it; so scaling, rotation and the norm's gradient
-happen to the accumulator. kernels/aot.py checks the compiled code for that.
+happen to the accumulator. kernels/aot checks the compiled code for that.
 """
 
 import triton

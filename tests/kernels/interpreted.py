@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels import dispatch, reference
+from kernels import dispatch, ops, reference
 from kernels.triton import configs, launch, matmul, rows
 from tests.kernels.oracle import (
     LAUNCHES,
@@ -227,6 +227,25 @@ def test_gradients_of_attention_kernels(dtype, launches):
         ]
         assert_case(one, incoming, run(one.ours, list(one.inputs.values()), turned))
     assert launches["unrotate"] == 4
+
+
+def test_a_table_with_strides(launches):
+    """cos and sin as columns of one tensor: the kernels read them as packed."""
+    h, *factors = (torch.randn(*shape) for shape in ((2, 9, 96), (64, 32), (32, 32), (32, 32)))
+    cos, sin = (torch.randn(9, 16) for _ in range(2))
+    both = torch.stack((cos, sin), dim=1)
+    packed = run_up_rotary(h, factors, cos, sin)
+    strided = run_up_rotary(h, factors, both[:, 0], both[:, 1])
+    assert launches == {"project": 4, "unrotate": 4}
+    for one, other in zip(packed, strided, strict=True):
+        assert one.equal(other)
+
+
+def run_up_rotary(h, factors, cos, sin):
+    """Outputs and the gradient of h."""
+    h = h.clone().requires_grad_()
+    outputs = ops.up_rotary(h, factors, cos, sin, 32)
+    return [*outputs, *torch.autograd.grad(sum((t * t).sum() for t in outputs), h)]
 
 
 def test_bfloat16_takes_the_reference(launches):
