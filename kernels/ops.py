@@ -562,9 +562,8 @@ def low_dim_linear(
     """
     given = {"a": a, "b": b, "bias_a": bias_a, "bias_b": bias_b}
     named = {name: t for name, t in given.items() if t is not None}
-    dtype = x.dtype
+    autocast = torch.is_autocast_enabled(x.device.type)
     x, *cast = to_autocast(x, *named.values())
-    was_cast = x.dtype != dtype
     named = dict(zip(named, cast, strict=True))
     if x.dim() < 2:
         raise ValueError(f"x: shape {tuple(x.shape)}; allowed is (..., rows, d_in)")
@@ -582,7 +581,7 @@ def low_dim_linear(
         if name in named and tuple(named[name].shape) != expected:
             raise ValueError(f"{name}: shape {tuple(named[name].shape)}; allowed is {expected}")
     rows, added = x.flatten(0, -2), None
-    if residual is not None and (residual.dtype == x.dtype or not was_cast):
+    if residual is not None and (residual.dtype == x.dtype or not autocast):
         check_same_kind(x, residual=residual)
         added = residual.flatten(0, -2)
     y, _ = _low_dim(rows, a, b, named.get("bias_a"), named.get("bias_b"), added)

@@ -605,6 +605,8 @@ def test_under_autocast_the_residual_stream_keeps_its_dtype():
         y = ops.low_dim_linear(*inputs.values(), residual=residual)
         assert y.dtype == torch.float32
         assert y.equal(residual + ops.low_dim_linear(*inputs.values()))
+        half = {key: t.bfloat16() for key, t in inputs.items()}  # as attention's output is
+        assert y.equal(ops.low_dim_linear(*half.values(), residual=residual))
     assert torch.autograd.grad(y.sum(), residual)[0].equal(torch.ones_like(residual))
 
 
