@@ -83,9 +83,12 @@ def project(
     x (M, k), weight (n, k), rstd (M,) or None -> (M, n). With cos and sin (T, D/2), row m is at
     position m mod T, and each head of D columns is rotated as in apply_rotary.
     """
-    y = x @ weight.t()
-    if rstd is not None:
-        y = (rstd[:, None] * y).to(x.dtype)
+    if rstd is None:
+        y = x @ weight.t()
+    elif x.dtype == torch.float16:  # ends at 65504: the product of rows not yet scaled may not fit
+        y = (rstd[:, None] * x).to(x.dtype) @ weight.t()
+    else:
+        y = (rstd[:, None] * (x @ weight.t())).to(x.dtype)
     return y if cos is None or sin is None else rotate(y, cos, sin, head_dim)
 
 

@@ -2,12 +2,29 @@
 kernels/reference.py, and a configuration.
 """
 
+import functools
+from collections.abc import Callable
+from typing import Any, TypeVar
+
 import torch
 import triton
 from torch import Tensor
 
 from kernels.triton import matmul, rows
 from kernels.triton.configs import Config
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def _on_its_device(function: F) -> F:
+    """Triton launches on the current device, which need not be that of the first argument."""
+
+    @functools.wraps(function)
+    def launch(x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        with torch.cuda.device_of(x):
+            return function(x, *args, **kwargs)
+
+    return launch  # type: ignore[return-value]
 
 
 def _precision(x: Tensor) -> str:
@@ -21,6 +38,7 @@ def _row_blocks(columns: int) -> dict[str, int]:
     return {"BLOCK_M": max(1, 2048 // block_n), "BLOCK_N": block_n, "num_warps": 8}
 
 
+@_on_its_device
 def project(
     x: Tensor,
     weight: Tensor,
@@ -59,6 +77,7 @@ def project(
     return y
 
 
+@_on_its_device
 def norm_backward_matmul(
     dhs: Tensor,
     a: Tensor,
@@ -92,6 +111,7 @@ def norm_backward_matmul(
     return dx
 
 
+@_on_its_device
 def row_rstd(x: Tensor, eps: float) -> Tensor:
     """reference.row_rstd."""
     m, n = x.shape
@@ -102,6 +122,7 @@ def row_rstd(x: Tensor, eps: float) -> Tensor:
     return rstd
 
 
+@_on_its_device
 def scale_and_dot(dh: Tensor, h: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
     """reference.scale_and_dot."""
     m, n = dh.shape
@@ -112,6 +133,7 @@ def scale_and_dot(dh: Tensor, h: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
     return dhs, coefficient
 
 
+@_on_its_device
 def norm_backward(g: Tensor, x: Tensor, rstd: Tensor, d_residual: Tensor | None) -> Tensor:
     """reference.norm_backward."""
     m, n = x.shape
@@ -125,6 +147,7 @@ def norm_backward(g: Tensor, x: Tensor, rstd: Tensor, d_residual: Tensor | None)
     return dx
 
 
+@_on_its_device
 def unrotate(
     x: Tensor,
     cos: Tensor,

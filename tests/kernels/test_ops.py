@@ -621,6 +621,17 @@ def test_autocast_leaves_float64_alone():
             assert ours.equal(theirs)
 
 
+def test_large_rows_do_not_overflow_float16():
+    """x Aᵀ passes 65504 here before it is scaled, and h is of the size of 1."""
+    inputs = {k: t.half() for k, t in case("norm_down", PLAIN).inputs.items()}
+    inputs["x"] = inputs["x"] * 1e4
+    h, _ = ops.norm_down(
+        inputs["x"], inputs["norm_weight"], tuple(10 * inputs[f"a_{c}"] for c in "qkv"), EPS
+    )
+    assert h.isfinite().all()
+    assert (inputs["x"].float() @ (10 * inputs["a_q"]).float().t()).abs().max() > 65504
+
+
 def test_an_empty_batch():
     arguments = good()
     for name, function in (("norm_down", ops.norm_down), ("norm_qkv", ops.norm_qkv)):
