@@ -10,7 +10,7 @@ from torch import Tensor
 
 from model import Transformer, init_weights, initial_value
 from model.transformer import Block
-from training import distributed
+from training import distributed, full_state
 from training.config import RunConfig
 from training.execution import apply_execution
 from training.optimizer import build_optimizer
@@ -91,12 +91,10 @@ class Engine:
         """Gives the fp32 master weights their initial values: DeepSpeed makes them from the model
         after it was cast to bf16, so each stage would begin from weights rounded to 8 bits.
         """
-        from deepspeed.utils import safe_set_full_fp32_param
-
         for name, parameter in self.model.named_parameters():
             shape = torch.Size(getattr(parameter, "ds_shape", parameter.shape))
             value = initial_value(self.model, name, shape, self.run.training.seed)
-            safe_set_full_fp32_param(parameter, value.to(self.device))
+            full_state.set_fp32(self, parameter, "weight", value.to(self.device))
 
     def train_step(
         self, step: int, micro_batches: list[Callable[[], Tensor]]
