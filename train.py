@@ -18,9 +18,9 @@ from jsonargparse import ArgumentParser, Namespace
 from data.command_line import parse_options
 from data.errors import InputError, require_folder_of, run_cli
 from data.loader import WindowLoader, rank_slice
-from data.shards import PreparedData, sha256_file
+from data.shards import PreparedData
 from eval.perplexity import Score, score
-from training import checkpoint, distributed, hardware, run_dir
+from training import checkpoint, distributed, hardware, resume, run_dir
 from training.config import CONFIG_FOLDER, RunConfig
 from training.dry_run import describe, dry_run
 from training.metrics import Metrics
@@ -84,35 +84,8 @@ def open_data(run: RunConfig) -> tuple[PreparedData, WindowLoader]:
     return data, WindowLoader(data.split("train"), run.training.seq_len, run.training.seed)
 
 
-def find_checkpoint(run: RunConfig) -> Path | None:
-    """The checkpoint to go on from, as training.resume says; None: start from new weights.
-
-    A run that began from another run's checkpoint (resume: PATH) and was stopped goes on from its
-    own newest one when the same command is started again.
-    """
-    choice, folder = run.training.resume, Path(run.training.run_dir)
-    newest = checkpoint.newest(folder)
-    if choice == "auto" or (choice == "never" and newest is None):
-        return newest
-    source = None if choice == "never" else checkpoint.resolve(Path(choice))
-    if source is not None and (newest is None or source.samefile(newest)):
-        return source
-    assert newest is not None
-    if source is not None and checkpoint.read_state(newest)["began_from"] == began_from(source):
-        return newest
-    raise InputError(
-        f"training.resume: {choice}, but {folder} holds a run (its newest checkpoint is "
-        f"{newest.name}); use training.resume auto to go on from it, or another training.run_dir"
-    )
-
-
-def began_from(source: Path) -> str:
-    """What tells a checkpoint from any other."""
-    return sha256_file(source / "checkpoint.json")
-
-
 def identity(run: RunConfig, data: PreparedData) -> dict[str, Any]:
-    """What must be the same when a run is resumed."""
+    """What must be the same when a run is resumed, but for checkpoint.MAY_CHANGE."""
     return {
         "world_size": distributed.world_size(),
         "zero_stage": run.deepspeed.zero_stage,
@@ -128,27 +101,21 @@ def identity(run: RunConfig, data: PreparedData) -> dict[str, Any]:
 def setup(run: RunConfig, data: PreparedData, loader: WindowLoader) -> Job:
     """Builds everything and resumes."""
     folder, first = Path(run.training.run_dir), distributed.rank() == 0
-    if first:
-        checkpoint.clean(folder)
-    resumed = find_checkpoint(run)
-    step, origin = 0, None
-    if resumed is not None:
-        state = checkpoint.check(resumed, run.model, identity(run, data))
-        step = state["step"]
-        ours = resumed.parent.resolve() == (folder / "checkpoints").resolve()
-        origin = state["began_from"] if ours else began_from(resumed)
+    start = resume.choose(run, identity(run, data)) if first else None
     device = distributed.init_distributed()
+    start = distributed.from_rank_0(start)
 
     from training.engine import Engine  # after the checks: DeepSpeed takes seconds to import
 
     engine = Engine(run, device)
-    if resumed is not None:
-        checkpoint.load(engine, resumed)
+    if start.folder is not None:
+        checkpoint.load(engine, start.folder, start.optimizer_steps)
+        engine.skipped_before = start.skipped_steps
     log = run_dir.logger(folder if first else None)
     if first:
         (folder / "config.yaml").write_text(run.to_yaml())
         run_dir.write_json(folder / "environment.json", run_dir.environment(device))
-    metrics = Metrics(folder if first else None, log, step, run.training.max_steps)
+    metrics = Metrics(folder if first else None, log, start.step, run.training.max_steps)
     micro = run.training.global_batch_size // engine.accumulation // engine.world_size
     metrics.say(
         f"{run.model.num_parameters():,} parameters, {hardware.device_name(device)}, "
@@ -156,12 +123,12 @@ def setup(run: RunConfig, data: PreparedData, loader: WindowLoader) -> Job:
         f"{engine.world_size} ranks × {micro} sequences × {engine.accumulation} accumulation "
         f"= {run.training.global_batch_size} sequences of {run.training.seq_len} tokens"
     )
-    metrics.say(f"resumed from {resumed}" if resumed else "starting from new weights")
-    for line in engine.plan.lines:
+    metrics.say(f"resumed from {start.folder}" if start.folder else "starting from new weights")
+    for line in start.notes + engine.plan.lines:
         metrics.say(line)
     for warning in run.warnings():
         metrics.say(f"warning: {warning}")
-    return Job(run, folder, data, loader, device, engine, metrics, origin, step)
+    return Job(run, folder, data, loader, device, engine, metrics, start.began_from, start.step)
 
 
 def validate(job: Job, split: str, max_tokens: int | None) -> Score:
@@ -191,19 +158,22 @@ def validation_values(job: Job) -> dict[str, float]:
 
 def save(job: Job, steps_done: int) -> None:
     """Writes a checkpoint of the state after `steps_done` optimizer steps."""
-    started = time.perf_counter()
     batch, length = job.run.training.global_batch_size, job.run.training.seq_len
     state = identity(job.run, job.data) | {
         "step": steps_done,
+        "skipped_steps": job.engine.skipped_steps(),
         "position": steps_done * batch,
         "tokens": steps_done * batch * length,
         "began_from": job.began_from,
     }
     written = checkpoint.save(job.engine, job.folder, job.data.tokenizer, state)
     if distributed.rank() == 0:
-        checkpoint.prune(job.folder, job.run.training.keep_checkpoints)
+        kept = job.run.training
+        checkpoint.prune(job.folder, kept.keep_checkpoints, kept.keep_every)
         run_dir.write_status(job.folder, "running", steps_done)
-    job.metrics.say(f"saved {written} in {time.perf_counter() - started:.1f} s")
+    job.metrics.say(
+        f"saved {written.folder}: {written.bytes / 1e6:,.1f} MB in {written.seconds:.1f} s"
+    )
 
 
 class Stopwatch:

@@ -1,95 +1,106 @@
-"""Checkpoints: written aside, named when whole; model.safetensors for every tool, ZeRO's for
-resume.
+"""Checkpoints: whole tensors in safetensors, written aside, named when they are complete.
 
 RUN/checkpoints/step-00001000/
-  checkpoint.json    step, position in the data, what the run was, and the files with their sizes
-  model.json         the shape of the model
-  model.safetensors  its weights, whole, in fp32: all that evaluation and export read
-  tokenizer.model    the tokenizer of its data
-  deepspeed/         ZeRO's shards, for resume alone
+  checkpoint.json        step, position in the data, what the run was, and the files with their sums
+  model.json             the shape of the model
+  model.safetensors      its weights in fp32: all that evaluation and export read
+  optimizer.safetensors  AdamW's moments in fp32, for resume
+  tokenizer.model        the tokenizer of its data
+
+Nothing in it depends on the number of ranks or the ZeRO stage, and nothing is a pickle.
 """
 
 import dataclasses
 import errno
 import json
 import os
-import re
 import shutil
+import time
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 from data.errors import InputError
 from data.shards import sha256_file
 from data.tokenizer import Tokenizer
 from model import ModelConfig, Transformer
-from training import distributed
+from training import distributed, full_state
 from training.engine import Engine
 from training.run_dir import write_json
 
-TAG = "deepspeed"
-# How torch.save reports that the file system refused its bytes.
-FAILED_WRITE = re.compile(r"PytorchStreamWriter|inline_container|file write|No space|iostream")
-# What DeepSpeed's files pickle besides tensors. It reads them with weights_only=False, which runs
-# whatever a file names, so a file that names anything else is refused before DeepSpeed sees it.
-ALLOWED_PICKLES = {
-    "deepspeed.runtime.fp16.loss_scaler.LossScaler",
-    "deepspeed.runtime.zero.config.ZeroStageEnum",
-    "deepspeed.utils.tensor_fragment.fragment_address",
-}
+FORMAT_VERSION = 2
+# What a run may change when it goes on: the same state, computed in another way.
+MAY_CHANGE = ("world_size", "zero_stage", "precision")
 
 
-def save(engine: Engine, run_dir: Path, tokenizer: Tokenizer, state: dict[str, Any]) -> Path:
-    """Writes the checkpoint of `state["step"]`; every rank calls it. Returns its folder.
+class DamagedError(InputError):
+    """A checkpoint that is not what was written."""
 
-    InputError where it cannot be written, for example because the disk is full: what was begun is
-    removed and earlier checkpoints stay.
+
+@dataclasses.dataclass
+class Written:
+    """What a save came to."""
+
+    folder: Path
+    bytes: int
+    seconds: float
+
+
+def save(engine: Engine, run_dir: Path, tokenizer: Tokenizer, state: dict[str, Any]) -> Written:
+    """Writes the checkpoint of `state["step"]`; every rank calls it.
+
+    InputError on every rank where rank 0 cannot write it, for example because the disk is full:
+    what was begun is removed and earlier checkpoints stay.
     """
+    started = time.perf_counter()
     folder = run_dir / "checkpoints" / f"step-{state['step']:08d}"
     aside = folder.with_name(folder.name + ".partial")
-    first = distributed.rank() == 0
-    try:
+    with _agreed(folder, aside) as first:
         if first:
             shutil.rmtree(aside, ignore_errors=True)
             aside.mkdir(parents=True)
             _require_space(engine, aside)
-        distributed.barrier()
-        engine.deepspeed.save_checkpoint(str(aside), tag=TAG, save_latest=False)
-        weights = engine.full_weights()
+    tensors: dict[str, dict[str, Tensor]] = {kind: {} for kind in full_state.KINDS}
+    for kind, name, value in full_state.gather(engine):
+        tensors[kind][name] = value
+    state = {**state, "optimizer_steps": full_state.steps_taken(engine)}
+    size = 0
+    with _agreed(folder, aside) as first:
         if first:
-            for script in ("zero_to_fp32.py", "zero_to_torch.py"):  # model.safetensors has it all
-                (aside / script).unlink(missing_ok=True)
-            _write_own_files(aside, engine, tokenizer, weights, state)
-            replaced = folder.with_name(folder.name + ".replaced")
-            if folder.exists():  # saved once more: the old one goes when the new one is there
-                folder.rename(replaced)
-            aside.rename(folder)
-            shutil.rmtree(replaced, ignore_errors=True)
-        distributed.barrier()
-    except (OSError, RuntimeError, SafetensorError) as error:
-        text = " ".join(str(error).split())
-        if isinstance(error, RuntimeError) and not FAILED_WRITE.search(text):
-            raise  # not the disk: another rank is gone, or a defect
-        if first:
-            shutil.rmtree(aside, ignore_errors=True)
-        refused = InputError(
+            size = _write_files(aside, engine.run.model, tokenizer, tensors, state)
+            _put_in_place(aside, folder)
+    return Written(folder, size, time.perf_counter() - started)
+
+
+@contextmanager
+def _agreed(folder: Path, aside: Path) -> Iterator[bool]:
+    """Rank 0's part of a save (True there). Where it fails every rank raises, so that none waits
+    for it in a later collective.
+    """
+    error: Exception | None = None
+    try:
+        yield distributed.rank() == 0
+    except (OSError, SafetensorError) as caught:
+        error = caught
+        shutil.rmtree(aside, ignore_errors=True)
+    failed = torch.tensor(float(error is not None), device=distributed.collective_device())
+    if distributed.sum_over_ranks(failed).item():
+        text = "rank 0 failed" if error is None else " ".join(str(error).split())
+        raise InputError(
             f"{folder}: the checkpoint could not be written ({text}); free space and start again: "
             "the run goes on from the checkpoint before it"
-        )
-        refused.any_rank = True
-        raise refused from error
-    return folder
+        ) from error
 
 
 def _require_space(engine: Engine, aside: Path) -> None:
     """OSError where the disk has no room, before anything is written."""
-    count = engine.run.model.num_parameters()
-    # fp32 weights in model.safetensors, fp32 master weights and two moments, the module's weights.
-    needed = count * 4 * 4 + count * (2 if engine.run.training.precision == "bf16" else 4)
+    needed = engine.run.model.num_parameters() * 4 * len(full_state.KINDS)
     free = shutil.disk_usage(aside).free
     if free < needed:
         raise OSError(
@@ -97,24 +108,45 @@ def _require_space(engine: Engine, aside: Path) -> None:
         )
 
 
-def _write_own_files(
+def _write_files(
     aside: Path,
-    engine: Engine,
+    model: ModelConfig,
     tokenizer: Tokenizer,
-    weights: dict[str, Any],
+    tensors: dict[str, dict[str, Tensor]],
     state: dict[str, Any],
-) -> None:
-    engine.run.model.to_json(aside / "model.json")
+) -> int:
+    """Writes and flushes all files of a checkpoint; their size in bytes."""
+    model.to_json(aside / "model.json")
     shutil.copyfile(tokenizer.path, aside / "tokenizer.model")
-    safetensors.torch.save_file(weights, aside / "model.safetensors")
-    files = sorted(p for p in aside.rglob("*") if p.is_file())
-    listed = {}
-    for path in files:
+    safetensors.torch.save_file(tensors["weight"], aside / "model.safetensors")
+    moments = {
+        f"{kind}.{name}": value
+        for kind in full_state.MOMENTS
+        for name, value in tensors[kind].items()
+    }
+    safetensors.torch.save_file(moments, aside / "optimizer.safetensors")
+    listed, total = {}, 0
+    for path in sorted(aside.iterdir()):
         _flush_to_disk(path)
-        name = path.relative_to(aside).as_posix()
-        listed[name] = {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
-    write_json(aside / "checkpoint.json", {"format_version": 1, **state, "files": listed})
+        size = path.stat().st_size
+        listed[path.name] = {"bytes": size, "sha256": sha256_file(path)}
+        total += size
+    write_json(
+        aside / "checkpoint.json", {"format_version": FORMAT_VERSION, **state, "files": listed}
+    )
     _flush_to_disk(aside / "checkpoint.json")
+    _flush_to_disk(aside)  # the folder: its names
+    return total
+
+
+def _put_in_place(aside: Path, folder: Path) -> None:
+    """Gives a complete checkpoint its name."""
+    replaced = folder.with_name(folder.name + ".replaced")
+    if folder.exists():  # saved once more: the old one goes when the new one is there
+        folder.rename(replaced)
+    aside.rename(folder)
+    _flush_to_disk(folder.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
 
 
 def _flush_to_disk(path: Path) -> None:
@@ -125,11 +157,14 @@ def _flush_to_disk(path: Path) -> None:
         os.close(descriptor)
 
 
-def prune(run_dir: Path, keep: int | None) -> None:
-    """Removes all but the newest `keep` checkpoints (None: keeps all). Rank 0 alone calls it."""
-    whole = [folder for folder, _ in _newest_first(run_dir)]
-    for folder in whole[keep:] if keep is not None else []:
-        shutil.rmtree(folder, ignore_errors=True)
+def prune(run_dir: Path, keep: int | None, every: int | None = None) -> None:
+    """Removes all but the newest `keep` checkpoints (None: keeps all) and those of a step that
+    `every` divides. Rank 0 alone calls it.
+    """
+    whole = list(_newest_first(run_dir))
+    for folder, step in whole[keep:] if keep is not None else []:
+        if every is None or step % every:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def clean(run_dir: Path) -> None:
@@ -152,6 +187,16 @@ def _newest_first(run_dir: Path) -> Iterator[tuple[Path, int]]:
     return iter(sorted(found, key=lambda item: -item[1]))
 
 
+def candidates(run_dir: Path) -> list[Path]:
+    """Folders of a run that are named as checkpoints, newest first, whole or not."""
+    found = []
+    for folder in (run_dir / "checkpoints").glob("step-*"):
+        digits = folder.name.removeprefix("step-")
+        if digits.isdigit():
+            found.append((int(digits), folder))
+    return [folder for _, folder in sorted(found, reverse=True)]
+
+
 def newest(run_dir: Path) -> Path | None:
     """The newest whole checkpoint of a run; None where there is none."""
     return next((folder for folder, _ in _newest_first(run_dir)), None)
@@ -170,28 +215,28 @@ def resolve(path: Path) -> Path:
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """checkpoint.json, once every file is there with its size; InputError where one is not."""
+    """checkpoint.json, once every file is there with its size; DamagedError where one is not."""
     try:
         state: dict[str, Any] = json.loads((folder / "checkpoint.json").read_text())
         files = state["files"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{folder / 'checkpoint.json'}: unreadable ({error})") from None
+        raise DamagedError(f"{folder / 'checkpoint.json'}: unreadable ({error})") from None
     for name, written in files.items():
         found = (folder / name).stat().st_size if (folder / name).exists() else None
         if found != written["bytes"]:
             size = f"has {found} bytes, {written['bytes']} were written"
             what = "is missing" if found is None else size
-            raise InputError(f"{folder / name}: {what}; the checkpoint is damaged, use another")
+            raise DamagedError(f"{folder / name}: {what}; the checkpoint is damaged, use another")
     return state
 
 
 def _verify(folder: Path, names: Iterable[str]) -> None:
-    """InputError where a file is not the one that was written, by its sha256 sum."""
+    """DamagedError where a file is not the one that was written, by its sha256 sum."""
     files = read_state(folder)["files"]
     for name in names:
         found, written = sha256_file(folder / name), files[name]["sha256"]
         if found != written:
-            raise InputError(
+            raise DamagedError(
                 f"{folder / name}: sha256 {found}, {written} was written; the checkpoint is "
                 "damaged, use another"
             )
@@ -231,15 +276,24 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     return tokenizer
 
 
-def check(folder: Path, model: ModelConfig, expected: dict[str, Any]) -> dict[str, Any]:
-    """The state that `save` was given, once it is certain that a run may go on from it.
+def check(
+    folder: Path, model: ModelConfig, expected: dict[str, Any]
+) -> tuple[dict[str, Any], list[str]]:
+    """The state that `save` was given, once it is certain that a run may go on from it, and what
+    is not as it was.
 
-    `expected` holds what must be as it was (world size, ZeRO stage, data and so on). InputError
-    where it is not, or where the files are damaged or not what DeepSpeed writes.
+    `expected` holds what must be as it was (data, batch, seed and so on), and what may change:
+    MAY_CHANGE. DamagedError where the files are not those written, InputError where the run
+    differs.
     """
     state = read_state(folder)
-    if distributed.local_rank() == 0:
-        _verify(folder, state["files"])
+    version = state.get("format_version")
+    if version != FORMAT_VERSION:
+        raise InputError(
+            f"{folder}: format_version {version}; this code resumes from {FORMAT_VERSION} (its "
+            "model.safetensors can still be evaluated)"
+        )
+    _verify(folder, state["files"])
     try:
         saved = ModelConfig.from_json(folder / "model.json")
     except ValueError as error:
@@ -250,35 +304,41 @@ def check(folder: Path, model: ModelConfig, expected: dict[str, Any]) -> dict[st
         attribute = "ranks" if name == "r" else name
         was[f"model.{name}"] = getattr(saved, attribute)
         now[f"model.{name}"] = getattr(model, attribute)
+    changed = []
     for key, value in now.items():
-        if was.get(key) != value:
+        if was.get(key) == value:
+            continue
+        difference = f"{key} was {was.get(key)}, now it is {value}"
+        if key not in MAY_CHANGE:
             raise InputError(
-                f"{folder}: {key} was {was.get(key)}, now it is {value}; a run is resumed with "
-                "what it began with (or use another training.run_dir)"
+                f"{folder}: {difference}; a run is resumed with what it began with (or use another "
+                "training.run_dir)"
             )
-    _refuse_foreign_pickles(folder / TAG)
-    return state
+        changed.append(difference)
+    return state, changed
 
 
-def load(engine: Engine, folder: Path) -> None:
-    """Loads weights and optimizer from a folder that passed `check`; every rank calls it.
+def load(engine: Engine, folder: Path | None, steps: int) -> None:
+    """Loads weights and optimizer from a folder that passed `check`; every rank calls it, rank 0
+    reads the files (the others may give None) and sends what is in them.
 
-    The optimizer's settings stay those of the configuration, not of the checkpoint.
+    steps: AdamW's count. Its settings are those of the configuration, not of the checkpoint.
     """
-    groups = engine.optimizer.param_groups
-    settings = [{k: v for k, v in group.items() if k != "params"} for group in groups]
-    loaded, _ = engine.deepspeed.load_checkpoint(str(folder), tag=TAG)
-    if loaded is None:
-        raise InputError(f"{folder}: DeepSpeed found nothing to load in {TAG}/")
-    for group, setting in zip(engine.optimizer.param_groups, settings, strict=True):
-        group.update(setting)
+    if distributed.rank() != 0:
+        full_state.restore(engine, None, steps)
+        return
+    assert folder is not None
+    with (
+        safe_open(folder / "model.safetensors", "pt") as weights,
+        safe_open(folder / "optimizer.safetensors", "pt") as moments,
+    ):
 
-
-def _refuse_foreign_pickles(folder: Path) -> None:
-    for path in sorted(folder.glob("*.pt")):
-        named = set(torch.serialization.get_unsafe_globals_in_checkpoint(path))
-        if named - ALLOWED_PICKLES:
-            raise InputError(
-                f"{path}: names {sorted(named - ALLOWED_PICKLES)[0]}, which no checkpoint of ours "
-                "holds; it was not loaded"
+        def read(kind: str, name: str) -> Tensor:
+            value: Tensor = (
+                weights.get_tensor(name)
+                if kind == "weight"
+                else moments.get_tensor(f"{kind}.{name}")
             )
+            return value
+
+        full_state.restore(engine, read, steps)

@@ -65,6 +65,7 @@ class TrainingConfig:
         eval_micro_batch_size: Sequences in a forward pass of a validation; null: as in training.
         checkpoint_every: Steps between two checkpoints; 0: none but the one at the end.
         keep_checkpoints: How many of the newest checkpoints to keep; null: all.
+        keep_every: Keep each checkpoint of a step that this divides, too; null: none.
         resume: "auto" (the newest whole checkpoint of run_dir, if there is one), "never" (refuse a
             run_dir that has one) or the path of a checkpoint.
     """
@@ -92,11 +93,13 @@ class TrainingConfig:
     eval_micro_batch_size: int | None = None
     checkpoint_every: int = 0
     keep_checkpoints: int | None = 2
+    keep_every: int | None = None
     resume: str = "auto"
 
     def __post_init__(self) -> None:
         at_least_1 = ["max_steps", "global_batch_size", "micro_batch_size", "seq_len", "log_every"]
         at_least_1 += ["validation_tokens", "eval_micro_batch_size", "keep_checkpoints"]
+        at_least_1 += ["keep_every"]
         not_negative = ["seed", "warmup_steps", "decay_steps", "weight_decay", "min_learning_rate"]
         not_negative += ["gradient_clipping", "validate_every", "checkpoint_every"]
         for name in at_least_1:

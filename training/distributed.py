@@ -5,7 +5,7 @@ import socket
 import sys
 import warnings
 from datetime import timedelta
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import psutil
 import torch
@@ -107,6 +107,21 @@ def sum_over_ranks(values: Tensor) -> Tensor:
     if dist.is_initialized() and world_size() > 1:
         dist.all_reduce(values)
     return values
+
+
+def collective_device() -> torch.device:
+    """Where tensors of a collective must live: NCCL takes those of the GPU alone."""
+    nccl = dist.is_initialized() and dist.get_backend() == "nccl"
+    return torch.device("cuda", local_rank()) if nccl else torch.device("cpu")
+
+
+def from_rank_0(value: Any) -> Any:
+    """Rank 0's value, on every rank."""
+    if not dist.is_initialized() or world_size() == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0, device=collective_device())
+    return box[0]
 
 
 def leave(code: int) -> NoReturn:

@@ -74,6 +74,7 @@ class Engine:
                 model=model, optimizer=build_optimizer(model, run.training), config=config
             )
         self.model: Transformer = self.deepspeed.module
+        self.skipped_before = 0  # in the checkpoint that the run went on from
         self.skipped_on_device = torch.zeros((), device=device)
         if config["bf16"]["enabled"]:
             self._set_master_weights()
@@ -139,7 +140,8 @@ class Engine:
 
     def skipped_steps(self) -> int:
         """Steps left out so far because a gradient was not finite; waits for the device."""
-        return int(self.deepspeed.skipped_steps) + int(self.skipped_on_device.item())
+        here = int(self.deepspeed.skipped_steps) + int(self.skipped_on_device.item())
+        return self.skipped_before + here
 
     @torch.no_grad()
     def token_losses(self, inputs: Tensor, targets: Tensor) -> Tensor:
@@ -147,19 +149,6 @@ class Engine:
         self.deepspeed.eval()
         losses: Tensor = self.deepspeed(inputs, targets, reduction="none")
         return losses
-
-    def full_weights(self) -> dict[str, Tensor]:
-        """The whole fp32 weights on rank 0's CPU, {} elsewhere; every rank calls it."""
-        from deepspeed.utils import safe_get_full_fp32_param
-
-        weights = {}
-        for name, parameter in self.model.named_parameters():
-            value = safe_get_full_fp32_param(parameter)  # collective at stages 1 to 3
-            if value is None:  # stage 0: the parameter is the fp32 weight
-                value = parameter.detach()
-            if distributed.rank() == 0:
-                weights[name] = value.float().cpu().contiguous()
-        return weights
 
 
 def _whole(_: Tensor) -> Any:

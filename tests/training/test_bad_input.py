@@ -14,7 +14,6 @@ import pytest
 
 import train
 from data.errors import InputError
-from data.shards import sha256_file
 from model import ModelConfig, Ranks
 from tests.conftest import Runs
 from training import checkpoint
@@ -134,7 +133,7 @@ def copied(trained: Path, runs: Runs) -> Path:
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
-        (["--deepspeed.zero_stage", "2"], "zero_stage was 1, now it is 2"),
+        (["--training.global_batch_size", "4"], "global_batch_size was 8, now it is 4"),
         (["--training.seq_len", "16"], "seq_len was 32, now it is 16"),
         (["--training.seed", "6"], "seed was 5, now it is 6"),
         (["--model.num_layers", "3"], "model.num_layers was 2, now it is 3"),
@@ -147,55 +146,12 @@ def test_resume_names_what_differs(
     assert expected in message
 
 
-def test_damaged_checkpoint_is_named(copied: Path, runs: Runs, refused: Callable):
-    shard = next((copied / "checkpoints/step-00000006/deepspeed").glob("*optim*"))
-    os.truncate(shard, 1000)
-    message = refused("--config", runs.config(training__max_steps=8))
-    assert shard.name in message
-    assert "has 1000 bytes" in message
-
-
-@pytest.mark.parametrize("name", ["model.json", "model.safetensors", "deepspeed"])
-def test_altered_checkpoint_is_named_with_its_checksum(
-    name: str, copied: Path, runs: Runs, refused: Callable
-):
-    path = copied / "checkpoints/step-00000006" / name
-    path = next(path.glob("*optim*")) if path.is_dir() else path
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content)
-    message = refused("--config", runs.config(training__max_steps=8))
-    assert path.name in message
-    assert "sha256" in message
-
-
 def test_ranks_written_out_are_the_same_model(copied: Path):
     folder = copied / "checkpoints/step-00000006"
     model = ModelConfig.from_json(folder / "model.json")
     model.r = Ranks(q=8, k=8, v=8, o=8)
-    assert checkpoint.check(folder, model, {})["step"] == 6
-
-
-def test_pickle_that_names_foreign_code_is_not_loaded(copied: Path, runs: Runs, refused: Callable):
-    import torch
-
-    marker = runs.folder / "executed"
-
-    class Hostile:
-        def __reduce__(self) -> Any:
-            return os.system, (f"touch {marker}",)
-
-    folder = copied / "checkpoints/step-00000006"
-    shard = next((folder / "deepspeed").glob("*optim*"))
-    torch.save({"state": Hostile()}, shard)
-    state = json.loads((folder / "checkpoint.json").read_text())
-    written = {"bytes": shard.stat().st_size, "sha256": sha256_file(shard)}
-    state["files"][f"deepspeed/{shard.name}"] = written
-    (folder / "checkpoint.json").write_text(json.dumps(state))
-    message = refused("--config", runs.config(training__max_steps=8))
-    assert "system" in message
-    assert "not loaded" in message
-    assert not marker.exists()
+    state, changed = checkpoint.check(folder, model, {})
+    assert (state["step"], changed) == (6, [])
 
 
 def test_no_space_for_a_checkpoint_keeps_the_one_before(copied: Path, runs: Runs):

@@ -45,6 +45,17 @@ def test_prune_keeps_the_newest(keep: int, left: list[int], tmp_path: Path):
     assert found == [f"step-{step:08d}" for step in left]
 
 
+@pytest.mark.parametrize(
+    ("every", "left"), [(20, [20, 40, 50]), (50, [50]), (10, [10, 20, 30, 40, 50])]
+)
+def test_prune_keeps_every_nth(every: int, left: list[int], tmp_path: Path):
+    for step in (10, 20, 30, 40, 50):
+        folder(tmp_path, f"step-{step:08d}")
+    checkpoint.prune(tmp_path, 1, every)
+    found = sorted(p.name for p in (tmp_path / "checkpoints").iterdir())
+    assert found == [f"step-{step:08d}" for step in left]
+
+
 def test_clean_removes_what_a_killed_save_left(tmp_path: Path):
     folder(tmp_path, "step-00000001")
     folder(tmp_path, "step-00000001.replaced")
