@@ -1,1 +1,1 @@
-"""The mathematics of the layers: plain torch definitions (`reference`), imported by `model`."""
+"""The operations of the model: their definitions, fused operators and Triton kernels."""

@@ -21,9 +21,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 Backend = Literal["auto", "cudnn", "flash", "efficient", "math", "flex", "flash_attn"]
-Mask = (
-    Any  # (B, 1, T, S) of bool, True where a query sees a key; a BlockMask for flex; None: causal
-)
+# (B, 1, T, S), 0 where a query sees a key, else -inf; for flex a BlockMask; None: causal
+Mask = Any
 
 _SINGLE = {
     "cudnn": SDPBackend.CUDNN_ATTENTION,
@@ -34,11 +33,17 @@ _SINGLE = {
 
 
 def check_backend(
-    backend: Backend, device: torch.device, dtype: torch.dtype, masked: bool, training: bool
+    backend: Backend,
+    device: torch.device,
+    dtype: torch.dtype,
+    masked: bool,
+    training: bool,
+    grouped: bool = False,
 ) -> str:
     """What computes attention, in words for the log; ValueError where it cannot be had.
 
-    masked: with a document mask. training: with a backward pass.
+    masked: with a document mask. training: with a backward pass. grouped: with fewer key and value
+    heads than query heads.
     """
     cuda = device.type == "cuda"
     if backend in ("cudnn", "efficient", "flash_attn") and not cuda:
@@ -47,8 +52,11 @@ def check_backend(
         raise ValueError(
             "attention: flash_attn is not installed (requirements-cuda.txt has it); auto needs none"
         )
-    if backend == "flash_attn" and dtype not in (torch.bfloat16, torch.float16):
-        raise ValueError(f"attention: flash_attn computes in bf16 or fp16, not {dtype}")
+    halves = ("flash_attn", "cudnn", "flash") if cuda else ()
+    if backend in halves and dtype not in (torch.bfloat16, torch.float16):
+        raise ValueError(f"attention: {backend} computes in bf16 or fp16, not {dtype}")
+    if backend == "efficient" and grouped:
+        raise ValueError("attention: efficient has no grouped key and value heads; use auto")
     if masked and backend in ("flash", "flash_attn"):
         raise ValueError(
             f"attention: {backend} takes no document mask; allowed are auto, flex, math"
@@ -102,8 +110,8 @@ def _flex() -> tuple[Any, Any]:
     return compiled, torch.compile(module.create_block_mask, dynamic=False)
 
 
-def document_mask(queries: Tensor, keys: Tensor, backend: Backend) -> Mask:
-    """The mask of causal attention within documents.
+def document_mask(queries: Tensor, keys: Tensor, backend: Backend, dtype: torch.dtype) -> Mask:
+    """The mask of causal attention within documents, to be added to scores in `dtype`.
 
     queries (B, T) and keys (B, S) number the document of each position; the queries are the last T
     of the S positions.
@@ -117,7 +125,10 @@ def document_mask(queries: Tensor, keys: Tensor, backend: Backend) -> Mask:
         make = _flex()[1]
         return make(visible, queries.size(0), None, new, seen, device=queries.device)
     causal = torch.ones(new, seen, dtype=torch.bool, device=queries.device).tril(seen - new)
-    return (causal & (queries[:, :, None] == keys[:, None, :]))[:, None]
+    visible_to = causal & (queries[:, :, None] == keys[:, None, :])
+    # Of bool, each layer would make such a mask of its own and keep it for its backward pass.
+    mask = torch.zeros(visible_to.shape, dtype=dtype, device=queries.device)
+    return mask.masked_fill_(~visible_to, float("-inf"))[:, None]
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, backend: Backend = "auto", mask: Mask = None) -> Tensor:

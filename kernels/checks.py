@@ -76,7 +76,7 @@ def check_head_dim(head_dim: int, **matrices: Tensor) -> None:
             raise ValueError(
                 f"{name}: {matrix.size(0)} rows; allowed are multiples of head_dim {head_dim}"
             )
-    (_, k, v) = matrices.items()
+    _, k, v = matrices.items()
     if k[1].size(0) != v[1].size(0):
         raise ValueError(f"{v[0]}: {v[1].size(0)} rows; allowed are {k[1].size(0)}, as {k[0]} has")
 

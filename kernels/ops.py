@@ -172,7 +172,8 @@ def norm_down(x: Tensor, norm_weight: Tensor, factors: Triple, eps: float) -> tu
     """h = RMSNorm(x) Aᵀ for the stacked factors A of q, k and v, and x for a residual connection.
 
     x (..., d), norm_weight (d,), factors (r_q, d), (r_k, d), (r_v, d) -> h (..., r_q + r_k + r_v)
-    and x itself: using this x for the residual saves a pass over dx. ValueError where shapes,
+    and x itself, of the same memory: using this x for the residual saves a pass over dx. In float16
+    the gradients of the factors lose digits where x is large and dh small. ValueError where shapes,
     dtypes or devices do not fit.
     """
     whole = x
@@ -581,6 +582,8 @@ def low_dim_linear(
         if name in named and tuple(named[name].shape) != expected:
             raise ValueError(f"{name}: shape {tuple(named[name].shape)}; allowed is {expected}")
     rows, added = x.flatten(0, -2), None
+    if residual is not None and residual.device != x.device:
+        raise ValueError(f"residual: on {residual.device}; allowed is {x.device}, as the input")
     if residual is not None and (residual.dtype == x.dtype or not autocast):
         check_same_kind(x, residual=residual)
         added = residual.flatten(0, -2)

@@ -107,11 +107,11 @@ class Attention(nn.Module):
         """
         q, k, v, o = self.q_proj, self.k_proj, self.v_proj, self.o_proj
         if isinstance(q, LowDim) and isinstance(k, LowDim) and isinstance(v, LowDim):
-            h, x = ops.norm_down(x, norm_weight, (q.A, k.A, v.A), eps)
+            h, x = ops.norm_down(x, norm_weight.to(x.dtype), (q.A, k.A, v.A), eps)
             heads = ops.up_rotary(h, (q.B, k.B, v.B), *rotary, self.head_dim)
         else:
             weights = (_weight(q), _weight(k), _weight(v))
-            *qkv, x = ops.norm_qkv(x, norm_weight, weights, eps, *rotary, self.head_dim)
+            *qkv, x = ops.norm_qkv(x, norm_weight.to(x.dtype), weights, eps, *rotary, self.head_dim)
             heads = (qkv[0], qkv[1], qkv[2])
         y = self._attend(*heads, mask, cache)
         if isinstance(o, LowDim):
@@ -120,10 +120,11 @@ class Attention(nn.Module):
 
     def fusible(self) -> bool:
         """Whether nobody watches or changes the calls that fused() leaves out: no hooks, and the
-        projections are what this class made.
+        projections are what this class made, without biases.
         """
         return plain(self, Attention) and all(
-            plain(layer, LowDim) or plain(layer, Dense)
+            (plain(layer, LowDim) and layer.bias_A is None and layer.bias_B is None)
+            or (plain(layer, Dense) and layer.bias is None)
             for layer in (self.q_proj, self.k_proj, self.v_proj, self.o_proj)
         )
 

@@ -1,12 +1,16 @@
 """Makes a model run as an Execution says."""
 
+import functools
 import types
+from collections.abc import Callable
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from kernels.verify import verify
 from model.execution import Execution, Plan, plan
-from model.projection import LowDim
+from model.projection import LowDim, watched
 from model.transformer import Block, Transformer
 
 
@@ -38,13 +42,31 @@ def configure(
     head = model.lm_head
     head.loss, head.chunk_tokens = execution.loss, execution.loss_chunk_tokens
     head.compiled = chosen.compiled and training
-    if chosen.compiled:
-        # One compiled function for all: blocks differ in their parameters alone, which are inputs
-        # of the graph. Hooks of a block, such as those of ZeRO stage 3, stay outside of it.
-        compiled = torch.compile(Block.forward, fullgraph=True)
-        for block in model.layers:
-            block.forward = types.MethodType(compiled, block)
+    for block in model.layers:
+        vars(block).pop("forward", None)  # of a configure before
+        if chosen.compiled:
+            block.forward = types.MethodType(_forward, block)
     return chosen
+
+
+@functools.cache
+def _compiled() -> Callable[..., Tensor]:
+    """One compiled function for all blocks: they differ in their parameters alone, which are inputs
+    of the graph. Hooks of a block, such as those of ZeRO stage 3, stay outside of it.
+    """
+    # Training, validation, other batches and decoding each need a graph; the default of 8 would be
+    # an error under fullgraph.
+    torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
+    function: Callable[..., Tensor] = torch.compile(Block.forward, fullgraph=True)
+    return function
+
+
+def _forward(block: Block, *args: Any, **kwargs: Any) -> Tensor:
+    """Block.forward, compiled unless somebody watches a module inside: a graph that is compiled
+    already does not see hooks that come later.
+    """
+    inside = any(watched(module) for module in block.modules() if module is not block)
+    return (Block.forward if inside else _compiled())(block, *args, **kwargs)
 
 
 def _verified(
@@ -64,7 +86,7 @@ def _verified(
     if not failure:
         return chosen
     if execution.kernels == "triton":
-        raise RuntimeError(f"execution.kernels: triton, but on {device} {failure}")
+        raise ValueError(f"execution.kernels: triton, but on {device} {failure}")
     lines = [f"kernels: plain torch; the fused operators failed their check: {failure}"]
     rest = [line for line in chosen.lines if not line.startswith("kernels:")]
     return Plan(False, chosen.compiled, lines + rest)

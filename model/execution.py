@@ -8,6 +8,7 @@ import torch
 from kernels import dispatch
 from kernels.attention import Backend, check_backend
 from kernels.cross_entropy import CHUNK_LOGITS
+from kernels.triton import configs
 from model.config import ModelConfig
 
 
@@ -131,7 +132,7 @@ def fused_on(
         return False
     if execution.kernels == "triton":
         return True
-    return dtype != torch.float32 and all(
+    return not _untested(config, dtype) and all(
         dispatch.usable_on(kernel, architecture, dtype, n, k, head_dim)[0]
         for kernel, n, k, head_dim in operations(config).values()
     )
@@ -148,7 +149,8 @@ def plan(
     fused, lines = _plan_kernels(config, execution, device, dtype)
     masked = config.document_start_id is not None
     try:
-        backend = check_backend(execution.attention, device, dtype, masked, training)
+        grouped = config.num_kv_heads != config.num_heads
+        backend = check_backend(execution.attention, device, dtype, masked, training, grouped)
         lines.append(f"attention: {backend}{', within documents' if masked else ''}")
     except ValueError as error:
         raise ValueError(f"execution.{error}") from None
@@ -160,10 +162,29 @@ def plan(
     lines.append(f"blocks: {'compiled' if compiled else 'not compiled'} ({why})")
     if execution.loss == "liger" and not cuda:
         raise ValueError(f"execution.loss: liger needs a GPU; the device is {device}")
-    names = {"qkv": "q, k, v", "ffn": "the FFN's norm and product", "blocks": "whole blocks"}
-    rebuilt = [text for key, text in names.items() if getattr(execution, f"recompute_{key}")]
-    lines.append(f"loss: {execution.loss}; recomputed in backward: {'; '.join(rebuilt) or 'none'}")
+    lines.append(f"loss: {execution.loss}; recomputed in backward: {_rebuilt(execution)}")
     return Plan(fused, compiled, lines)
+
+
+def _rebuilt(execution: Execution) -> str:
+    if execution.recompute_blocks:
+        return "whole blocks"
+    math = " and attention, which math computes in pieces" if execution.attention == "math" else ""
+    qkv = f"q, k, v{math}" if execution.recompute_qkv else ""
+    ffn = "the FFN's norm and product" if execution.recompute_ffn else ""
+    return "; ".join(filter(None, (qkv, ffn))) or "none"
+
+
+def _untested(config: ModelConfig, dtype: torch.dtype) -> str:
+    """Why "auto" leaves a model to plain torch on every GPU; empty where it need not."""
+    if dtype == torch.float32:
+        return "the kernels for float32 are exact, and slow: for checks"
+    if dtype != torch.bfloat16:
+        # rstd · dh underflows in float16 before it meets rows that are not normalised.
+        return f"gradients of the fused form need bfloat16's range, not {dtype}"
+    assert config.head_dim is not None
+    ranks = config.ranks
+    return configs.untested(config.hidden_size, (ranks.q, ranks.k, ranks.v), config.head_dim)
 
 
 def _plan_kernels(
@@ -173,13 +194,8 @@ def _plan_kernels(
     if execution.kernels == "reference":
         return False, ["kernels: plain torch, as asked for"]
     reason = unfusible(config)
-    if (
-        not reason
-        and execution.kernels == "auto"
-        and dtype == torch.float32
-        and device.type == "cuda"
-    ):
-        return False, ["kernels: plain torch (those for float32 are exact, and slow: for checks)"]
+    if not reason and execution.kernels == "auto" and device.type == "cuda":
+        reason = _untested(config, dtype)
     if reason:
         if execution.kernels == "triton":
             raise ValueError(f"execution.kernels: triton, but {reason}; use auto or reference")

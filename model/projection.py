@@ -54,12 +54,21 @@ def projection(shape: Shape) -> Dense | LowDim:
 
 
 def plain(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether a module is of exactly this class and has no hooks, so that code which reads its
-    parameters instead of calling it does the same.
+    """Whether a module is of exactly this class and nobody watches its calls, so that code which
+    reads its parameters instead of calling it does the same.
     """
-    return type(module) is kind and not (
+    return type(module) is kind and not watched(module)
+
+
+def watched(module: nn.Module) -> bool:
+    """Whether calls of a module are seen or changed from outside: by hooks of its own or of all
+    modules, or by a forward that was put on the instance.
+    """
+    return bool(
         module._forward_pre_hooks
         or module._forward_hooks
         or module._backward_pre_hooks
         or module._backward_hooks
+        or "forward" in vars(module)
+        or nn.modules.module._has_any_global_hook()
     )

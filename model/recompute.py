@@ -1,8 +1,6 @@
 """Selective recomputation: what the backward pass keeps of a sub-layer, and what it rebuilds.
 
-Bytes per token and layer of activations kept in bf16 for one with d = 1024, r = 256, f = 2736
-(docs/kernels.md has the sums): vanilla 32,800; LPA 34,848 unfused, 26,656 with recompute_qkv,
-19,136 with recompute_ffn too.
+docs/execution.md has the bytes of each; training/memory.py the formula.
 """
 
 from collections.abc import Callable
@@ -45,20 +43,16 @@ def keep_attention(_: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPoli
     return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
 
 
-def keep_products(width: int) -> Keep:
+def keep_products(width: int, _: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
     """The policy of recompute_ffn: of all that is computed only products `width` wide, gate and up,
     are kept; the norm and the product that enters the last projection are rebuilt.
     """
-
-    def policy(_: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-        weight = {"aten::mm": 1, "aten::addmm": 2, "lpa::low_dim": 2}.get(_name(op))
-        if weight is None:
-            return CheckpointPolicy.PREFER_RECOMPUTE
-        columns = args[weight].size(0 if _name(op) == "lpa::low_dim" else 1)
-        kept = columns == width
-        return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
-
-    return policy
+    weight = {"aten::mm": 1, "aten::addmm": 2, "lpa::low_dim": 2}.get(_name(op))
+    if weight is None:
+        return CheckpointPolicy.PREFER_RECOMPUTE
+    columns = args[weight].size(0 if _name(op) == "lpa::low_dim" else 1)
+    kept = columns == width
+    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 def _name(op: Any) -> str:

@@ -14,6 +14,7 @@ import hashlib
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import cast
 
 import torch
@@ -71,7 +72,7 @@ class Block(nn.Module):
         self.feed_forward = FeedForward(config)
         self.dropout = nn.Dropout(config.dropout)
         self.fused = self.recompute_qkv = self.recompute_ffn = False  # see Execution
-        self.keep_products = keep_products(config.intermediate_size)
+        self.keep_products = partial(keep_products, config.intermediate_size)
 
     def forward(
         self,
@@ -94,7 +95,8 @@ class Block(nn.Module):
         self, x: Tensor, rotary: Rotary | None, mask: Mask, cache: LayerCache | None
     ) -> Tensor:
         """x and what attention adds to it."""
-        if self.fused and rotary is not None and self.fusible():
+        dropping = self.training and self.dropout.p > 0
+        if self.fused and rotary is not None and not dropping and self.fusible():
             norm = cast(RMSNorm, self.attention_norm)
             return self.attention.fused(x, norm.weight, norm.eps, rotary, mask, cache)
         if self.norm_first:
@@ -182,7 +184,7 @@ class Transformer(nn.Module):
             )
         positions = torch.arange(start, start + length, device=input_ids.device)
         x, rotary = self._embed(input_ids, positions)
-        mask = self._document_mask(input_ids, cache)
+        mask = self._document_mask(input_ids, cache, x)
         whole = self.execution.recompute_blocks and cache is None
         random = self.config.dropout != 0 and self.training
         with backend_context(self.execution.attention, x.device):
@@ -203,18 +205,20 @@ class Transformer(nn.Module):
         assert self.config.head_dim is not None
         return x, reference.rotary_table(positions, self.config.head_dim, self.config.rope_theta)
 
-    def _document_mask(self, input_ids: Tensor, cache: KVCache | None) -> Mask:
+    def _document_mask(self, input_ids: Tensor, cache: KVCache | None, x: Tensor) -> Mask:
         """The mask that keeps attention within documents; None where the model has none."""
         if self.config.document_start_id is None:
             return None
+        kind = x.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
         queries = (input_ids == self.config.document_start_id).cumsum(dim=1)  # (B, T)
         if cache is None:
-            return document_mask(queries, queries, self.execution.attention)
+            return document_mask(queries, queries, self.execution.attention, dtype)
         end = cache.length + input_ids.size(1)
         if cache.length:
             queries = queries + cache.documents[:, cache.length - 1, None]
         cache.documents[:, cache.length : end] = queries
-        return document_mask(queries, cache.documents[:, :end], self.execution.attention)
+        return document_mask(queries, cache.documents[:, :end], self.execution.attention, dtype)
 
 
 @torch.no_grad()

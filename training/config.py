@@ -15,7 +15,7 @@ import yaml
 
 from data.errors import InputError
 from model.config import ModelConfig
-from model.execution import Execution
+from model.execution import Execution, unfusible
 
 CONFIG_FOLDER = Path(__file__).resolve().parent.parent / "configs"
 
@@ -199,6 +199,10 @@ class RunConfig:
     execution: Execution = field(default_factory=Execution)
 
     def __post_init__(self) -> None:
+        if self.execution.kernels == "triton" and unfusible(self.model):
+            raise ValueError(
+                f"execution.kernels: triton, but {unfusible(self.model)}; use auto or reference"
+            )
         if self.training.seq_len > self.model.max_seq_len:
             raise ValueError(
                 f"training.seq_len: {self.training.seq_len} is over model.max_seq_len "

@@ -1,1 +1,1 @@
-"""The Triton kernels. Importing this package needs triton but no GPU; running them does."""
+"""The Triton kernels. Importing them needs triton (configs.py does not), running them a GPU."""

@@ -56,6 +56,20 @@ _EXACT = Config(64, 64, 32, num_warps=8, num_stages=2)
 _EXACT_WIDE_HEADS = Config(32, 128, 32, num_warps=8, num_stages=2)
 
 
+def untested(d: int, ranks: tuple[int | None, int | None, int | None], head_dim: int) -> str:
+    """Why a layer with these ranks of q, k and v is no size of the table; empty where it is one."""
+    for size in SIZES.values():
+        dense = ranks == (None, None, None)
+        if (size.d, size.head_dim) == (d, head_dim) and (dense or ranks == (size.r,) * 3):
+            return ""
+    known = "; ".join(f"{s.d}, {s.r}, {s.head_dim}" for s in SIZES.values())
+    named = "/".join("dense" if r is None else str(r) for r in dict.fromkeys(ranks))
+    return (
+        f"hidden size {d} with rank {named} and heads of {head_dim} has no tested configuration; "
+        f"tested are {known}"
+    )
+
+
 def inner_dimensions(kernel: str) -> set[int]:
     """The inner dimensions that a kernel has at the sizes of the table."""
     if kernel == "norm_backward_matmul":  # dx = dhs a: the latents of q, k and v

@@ -33,7 +33,9 @@ def _precision(x: Tensor) -> str:
 
 
 def _row_blocks(columns: int) -> dict[str, int]:
-    """Tiles of the row-wise kernels: whole rows, about 2048 entries a program (4096 spill)."""
+    """Tiles of the row-wise kernels: whole rows, several where they are short. Programs of 4096
+    entries in four rows spilled, those in one row do not.
+    """
     block_n = triton.next_power_of_2(columns)
     return {"BLOCK_M": max(1, 2048 // block_n), "BLOCK_N": block_n, "num_warps": 8}
 

@@ -1,5 +1,7 @@
 """How a model is computed changes nothing but rounding, and the log says what runs."""
 
+import copy
+import pickle
 from typing import Any
 
 import pytest
@@ -191,6 +193,77 @@ def test_a_hook_sees_its_module_called(path, register):
     assert calls.count["lpa::norm_down"] == 3
 
 
+@pytest.mark.parametrize("compile", ["on", "off"])
+@pytest.mark.parametrize("kernels", ["reference", "triton"])
+def test_a_hook_that_comes_after_the_first_call(kernels, compile):
+    """Compiled code is not asked again whether there are hooks."""
+    torch._dynamo.reset()
+    model, plain = build({"kernels": kernels, "compile": compile}, r=8), build(r=8)
+    loss_and_grads(model)
+    for each in (model, plain):
+        projection = each.layers[1].attention.q_proj
+        projection.register_forward_hook(lambda _m, _i, out: 3 * out)
+    assert_same(model, plain, atol=1e-11)
+    assert not torch.allclose(loss_and_grads(model)[1], loss_and_grads(build(r=8))[1])
+
+
+def test_a_forward_put_on_an_instance_is_called():
+    fused, plain = build({"kernels": "triton"}, r=8), build(r=8)
+    for model in (fused, plain):
+        layer = model.layers[0].attention.k_proj
+        layer.forward = lambda x, old=layer.forward: 3 * old(x)
+    assert_same(fused, plain)
+
+
+def test_hooks_of_all_modules_see_all_calls():
+    model, seen = build({"kernels": "triton"}, r=8), []
+    handle = nn.modules.module.register_module_forward_hook(lambda m, *_: seen.append(type(m)))
+    model(tokens(1, 5))
+    handle.remove()
+    assert [kind.__name__ for kind in seen].count("LowDim") == 12
+
+
+def test_biases_and_dropout_that_came_later_count():
+    fused, plain = build({"kernels": "triton"}), build()
+    for model in (fused, plain):
+        bias = torch.linspace(-1, 1, 32, dtype=torch.float64)
+        model.layers[0].attention.q_proj.bias = nn.Parameter(bias)
+        model.layers[1].dropout.p = 0.5
+        model.train()
+    assert_same(fused, plain)
+
+
+def test_norms_kept_in_float32():
+    """In a bf16 model, as some trainers keep them."""
+    models = [build(execution, r=8).bfloat16() for execution in ({"kernels": "triton"}, None)]
+    for model in models:
+        for block in model.layers:
+            block.attention_norm.float()
+    ours, theirs = (model(tokens(2, 9)) for model in models)
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=0.05)
+
+
+@pytest.mark.parametrize("execution", [None, {"kernels": "triton", "compile": "on"}])
+def test_models_can_be_copied_and_pickled(execution):
+    """A pickle of our own, read at once."""
+    model = build(execution, r=8)
+    expected = model(tokens(1, 5))
+    copied = copy.deepcopy(model)
+    model.layers[0].attention.q_proj.A.data.zero_()
+    torch.testing.assert_close(copied(tokens(1, 5)), expected)
+    if execution is None:
+        again = pickle.loads(pickle.dumps(copied))
+        torch.testing.assert_close(again(tokens(1, 5)), expected)
+
+
+def test_configured_again():
+    """The last word counts: compiled, not compiled, compiled."""
+    model = build({"compile": "on"}, r=8)
+    assert "forward" in vars(model.layers[0])
+    configure(model, Execution(compile="off"), CPU, torch.float64)
+    assert "forward" not in vars(model.layers[0])
+
+
 def test_a_replaced_projection_is_called():
     """As adapters do that wrap a layer in one of their own."""
 
@@ -336,8 +409,10 @@ def test_auto_uses_triton_at_the_sizes_of_the_table(gpu, architecture, size, low
     ("architecture", "changes", "reason"),
     [
         (89, {}, "sm_89 has no tested configuration; sm_80, sm_90, sm_100 have"),
-        (90, {"r": 320}, "inner dimension 320 has no tested configuration; 128, 256"),
-        (90, {"num_heads": 32}, "head_dim 32 has no configuration; 64 and 128 have"),
+        (90, {"r": 320}, "hidden size 1024 with rank 320 and heads of 64 has no tested"),
+        (90, {"r": 512}, "hidden size 1024 with rank 512 and heads of 64 has no tested"),
+        (90, {"num_heads": 8}, "hidden size 1024 with rank 256 and heads of 128 has no tested"),
+        (90, {"r": Ranks(q=512, k=256, v=256)}, "hidden size 1024 with rank 512/256 and heads"),
         (90, {"family": "paper-1"}, "family paper-1 has no fused layer"),
         (90, {"dropout": 0.1}, "dropout stands between"),
         (90, {"r": Ranks(q=256, v=256)}, "of q, k and v some are dense (k)"),
@@ -352,13 +427,14 @@ def test_auto_says_why_it_does_not(gpu, architecture, changes, reason):
     assert not fused_on(config, Execution(), architecture, torch.bfloat16)
 
 
-def test_auto_leaves_float32_to_torch(gpu):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_auto_is_for_bfloat16(gpu, dtype):
     gpu(90)
     config = ModelConfig(**(SHAPE | SIZES["370m"]))
-    result = plan(config, Execution(), torch.device("cuda"), torch.float32)
+    result = plan(config, Execution(), torch.device("cuda"), dtype)
     assert not result.fused
-    assert "float32" in result.lines[0]
-    assert not fused_on(config, Execution(), 90, torch.float32)
+    assert str(dtype).removeprefix("torch.") in result.lines[0]
+    assert not fused_on(config, Execution(), 90, dtype)
 
 
 def test_triton_names_what_falls_back():
@@ -385,6 +461,31 @@ def test_triton_names_what_falls_back():
 def test_what_cannot_be_had_is_an_error(changes, execution, message):
     with pytest.raises(ValueError, match=message):
         planned(ModelConfig(**(SHAPE | changes)), **execution)
+
+
+@pytest.mark.parametrize("backend", ["flash", "cudnn"])
+def test_backends_that_need_half_precision(gpu, backend):
+    gpu(90)
+    arguments = (ModelConfig(**SHAPE), Execution(attention=backend), torch.device("cuda"))
+    with pytest.raises(ValueError, match=f"attention: {backend} computes in bf16 or fp16, not"):
+        plan(*arguments, torch.float32)
+    plan(*arguments, torch.bfloat16)
+
+
+def test_efficient_attention_has_no_grouped_heads(gpu):
+    gpu(90)
+    planned(ModelConfig(**SHAPE), "cuda", attention="efficient")
+    with pytest.raises(ValueError, match="efficient has no grouped"):
+        planned(ModelConfig(**(SHAPE | {"num_kv_heads": 2})), "cuda", attention="efficient")
+
+
+def test_what_is_recomputed_is_what_the_log_says():
+    config = ModelConfig(**SHAPE)
+    both = {"recompute_qkv": True, "recompute_ffn": True}
+    assert "backward: q, k, v; the FFN's" in planned(config, **both).lines[-1]
+    assert planned(config, **both, recompute_blocks=True).lines[-1].endswith(": whole blocks")
+    line = planned(config, recompute_qkv=True, attention="math").lines[-1]
+    assert line.endswith("q, k, v and attention, which math computes in pieces")
 
 
 def test_flash_attn_that_is_not_installed(gpu):
@@ -471,7 +572,7 @@ def test_a_model_falls_back_where_the_check_fails(monkeypatch):
     assert chosen.lines[0] == (
         "kernels: plain torch; the fused operators failed their check: q is off by 1e-1"
     )
-    with pytest.raises(RuntimeError, match="q is off"):
+    with pytest.raises(ValueError, match=r"execution\.kernels: triton, but on cpu q is off"):
         configure(model, Execution(kernels="triton"), CPU, torch.float16)
 
 
