@@ -54,10 +54,13 @@ class Execution:
         """Tokens whose logits exist at once."""
         return self.loss_chunk_tokens or max(1, CHUNK_LOGITS // vocab_size)
 
-    def warnings(self) -> list[str]:
+    def warnings(self, training: bool = True) -> list[str]:
         """Settings that have no effect."""
         found = []
-        if self.recompute_blocks and (self.recompute_qkv or self.recompute_ffn):
+        recomputed = self.recompute_qkv or self.recompute_ffn or self.recompute_blocks
+        if recomputed and not training:
+            found.append("execution.recompute_* has no effect without a backward pass")
+        elif self.recompute_blocks and (self.recompute_qkv or self.recompute_ffn):
             found.append(
                 "execution.recompute_qkv and recompute_ffn have no effect with recompute_blocks"
             )
