@@ -79,7 +79,7 @@ def test_the_log_says_what_runs_where(runs: Runs):
     assert "fused operators; plain torch inside (the device is cpu): norm, norm + down" in log
     assert "attention: torch SDPA (math)" in log
     assert "blocks: not compiled (auto, on cpu)" in log
-    assert "recomputed in backward: q, k, v; the FFN's norm and product" in log
+    assert "backward: q, k, v and attention, which math computes in pieces; the FFN's norm" in log
 
 
 @pytest.mark.parametrize(
