@@ -31,6 +31,9 @@ def init_distributed() -> torch.device:
         torch.cuda.set_device(local_rank())
     else:
         torch.set_num_threads(max(1, _cpu_cores() // int(os.environ["LOCAL_WORLD_SIZE"])))
+        # MKL's mode of equal results from run to run, read at its first call: a resumed run has to
+        # have the digits of one that never stopped.
+        os.environ.setdefault("MKL_CBWR", "AUTO")
         # DeepSpeed looks for an accelerator at import and prints a warning where it finds none.
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     if not dist.is_initialized():
