@@ -1,7 +1,7 @@
 """A check of the fused operators on the device at hand, before anything relies on them.
 
 Compilers have produced wrong code for single configurations on single chips, silently. One layer's
-worth of random rows costs milliseconds; a month of training on wrong gradients costs a month.
+worth of random rows is cheap beside a month of training on wrong gradients.
 """
 
 from collections.abc import Sequence

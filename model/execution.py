@@ -29,7 +29,7 @@ class Execution:
             rebuild q, k and v: less memory for an extra up-projection (vanilla: the dense one).
         recompute_ffn: Keep gate and up for the backward pass, and rebuild the feed-forward
             network's norm and product.
-        recompute_blocks: Keep only the input of each block: least memory, a third more time.
+        recompute_blocks: Keep only the input of each block: least memory, each forward pass twice.
         loss: "chunked" (never the logits of a whole batch), "whole" or "liger" (liger-kernel's, on
             a GPU).
         loss_chunk_tokens: Tokens of a chunk; null: as many as have 2^26 logits.
