@@ -6,12 +6,13 @@ import os
 import signal
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from multiprocessing.connection import wait
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -111,8 +112,10 @@ def encode_in_order(
     others = set(multiprocessing.active_children())
     pending: deque[Future[EncodedBatch]] = deque()
     try:
+        for _ in range(processes):  # a pool starts a worker for each task that finds none idle
+            _submit(pool, _nothing)
         for batch in batches:
-            pending.append(_submit(pool, batch))
+            pending.append(_submit(pool, _encode_in_worker, batch))
             if len(pending) > 2 * processes + 1:
                 yield pending.popleft().result()
         while pending:
@@ -130,10 +133,13 @@ def encode_in_order(
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _submit(pool: ProcessPoolExecutor, batch: Batch) -> "Future[EncodedBatch]":
+def _submit(
+    pool: ProcessPoolExecutor, task: Callable[..., EncodedBatch | None], *args: Batch
+) -> "Future[Any]":
     try:
-        return pool.submit(_encode_in_worker, batch)
-    except OSError as error:  # it was starting a worker just when another one had died
+        return pool.submit(task, *args)
+    except (OSError, ValueError) as error:
+        # It was starting a worker just when another one had died, with pipes closed by then.
         raise BrokenProcessPool(str(error)) from error
 
 
@@ -161,3 +167,7 @@ def _die_with_parent() -> None:
 def _encode_in_worker(batch: Batch) -> EncodedBatch:
     assert _encoder is not None
     return _encoder(batch)
+
+
+def _nothing() -> None:
+    """A task that makes the pool start a worker."""

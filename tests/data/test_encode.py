@@ -69,6 +69,17 @@ def test_a_killed_worker_is_reported(model_file, monkeypatch):
         list(encode_in_order(kill_workers(), model_file, RULE, 2))
 
 
+def test_a_worker_that_cannot_be_started_is_reported(model_file, monkeypatch):
+    """As seen once: a worker was being started when the pool had closed the pipes of a dead one."""
+
+    def refuse(*_):
+        raise ValueError("bad value(s) in fds_to_keep")
+
+    monkeypatch.setattr("concurrent.futures.ProcessPoolExecutor.submit", refuse)
+    with pytest.raises(InputError, match="process died"):
+        list(encode_in_order(batches(), model_file, RULE, 2))
+
+
 def test_split_rule_is_the_documented_one():
     for text in make_texts(300, words=12):
         digest = hashlib.blake2b(b"3\0" + text.encode(), digest_size=8).digest()
