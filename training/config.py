@@ -53,19 +53,30 @@ class TrainingConfig:
             max_steps), "wsd" (constant, then linear over decay_steps) or "constant".
         warmup_steps: Steps of linear warm-up from 0.
         decay_steps: Last steps of "wsd" over which the rate decays.
-        weight_decay: AdamW's decoupled decay of matrices and embeddings; norms and biases have 0.
+        weight_decay: AdamW's decoupled decay of all parameters but those of no_decay.
+        no_decay: Parameters that do not decay, of "norms", "biases" and "embeddings".
+        factor_decay: What decays of a low-dimensional projection: "separate" (A and B, each as any
+            matrix) or "product" (the squared Frobenius norm of B·A; training/product_decay.py).
+        lr_multiplier_A: Times the learning rate, for the factors A.
+        lr_multiplier_B: Times the learning rate, for the factors B.
         beta1: AdamW's decay of the first moment.
         beta2: AdamW's decay of the second moment.
         eps: AdamW's denominator offset.
         gradient_clipping: Largest global norm of the gradient; 0: no clipping.
+        max_skipped_steps: Stop after so many steps in a row whose loss or gradient is not finite
+            (each is left out); null: never.
         precision: "fp32" or "bf16" (bf16 compute, fp32 master weights and accumulation).
         log_every: Steps between two lines of metrics.jsonl.
+        untimed_steps: First steps of a process (compilation, caches) that no speed counts.
+        gc_every: Steps between two collections of Python's garbage, on all ranks at once; null:
+            whenever Python sees fit.
         validate_every: Steps between two validations; 0: none.
         validation_tokens: Tokens of the validation split to use, from its start; null: all.
         eval_micro_batch_size: Sequences in a forward pass of a validation; null: as in training.
         checkpoint_every: Steps between two checkpoints; 0: none but the one at the end.
         keep_checkpoints: How many of the newest checkpoints to keep; null: all.
         keep_every: Keep each checkpoint of a step that this divides, too; null: none.
+        async_checkpoint: Write checkpoints in the background, while the training goes on.
         resume: "auto" (the newest whole checkpoint of run_dir, if there is one), "never" (refuse a
             run_dir that has one) or the path of a checkpoint.
     """
@@ -82,31 +93,42 @@ class TrainingConfig:
     warmup_steps: int = 0
     decay_steps: int = 0
     weight_decay: float = 0.1
+    no_decay: list[Literal["norms", "biases", "embeddings"]] = field(
+        default_factory=lambda: ["norms", "biases"]
+    )
+    factor_decay: Literal["separate", "product"] = "separate"
+    lr_multiplier_A: float = 1.0
+    lr_multiplier_B: float = 1.0
     beta1: float = 0.9
     beta2: float = 0.95
     eps: float = 1.0e-8
     gradient_clipping: float = 1.0
+    max_skipped_steps: int | None = 10
     precision: Literal["fp32", "bf16"] = "fp32"
     log_every: int = 10
+    untimed_steps: int = 5
+    gc_every: int | None = 100
     validate_every: int = 0
     validation_tokens: int | None = None
     eval_micro_batch_size: int | None = None
     checkpoint_every: int = 0
     keep_checkpoints: int | None = 2
     keep_every: int | None = None
+    async_checkpoint: bool = True
     resume: str = "auto"
 
     def __post_init__(self) -> None:
         at_least_1 = ["max_steps", "global_batch_size", "micro_batch_size", "seq_len", "log_every"]
         at_least_1 += ["validation_tokens", "eval_micro_batch_size", "keep_checkpoints"]
-        at_least_1 += ["keep_every"]
+        at_least_1 += ["keep_every", "max_skipped_steps", "gc_every"]
         not_negative = ["seed", "warmup_steps", "decay_steps", "weight_decay", "min_learning_rate"]
-        not_negative += ["gradient_clipping", "validate_every", "checkpoint_every"]
+        not_negative += ["gradient_clipping", "validate_every", "checkpoint_every", "untimed_steps"]
+        positive = ["learning_rate", "eps", "lr_multiplier_A", "lr_multiplier_B"]
         for name in at_least_1:
             self._require(name, lambda v: v >= 1, "at least 1")
         for name in not_negative:
             self._require(name, lambda v: v >= 0, "at least 0")
-        for name in ("learning_rate", "eps"):
+        for name in positive:
             self._require(name, lambda v: v > 0, "greater than 0")
         for name in ("beta1", "beta2"):
             self._require(name, lambda v: 0 <= v < 1, "at least 0 and under 1")
