@@ -5,9 +5,8 @@ torchrun, and as plain `python train.py` with one process. docs/training.md desc
 """
 
 import json
-import time
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,13 +16,20 @@ from jsonargparse import ArgumentParser, Namespace
 
 from data.command_line import parse_options
 from data.errors import InputError, require_folder_of, run_cli
-from data.loader import WindowLoader, rank_slice
+from data.loader import WindowLoader
 from data.shards import PreparedData
 from eval.perplexity import Score, score
 from training import checkpoint, distributed, hardware, resume, run_dir
+from training.batches import Batches
+from training.clock import StepClock
 from training.config import CONFIG_FOLDER, RunConfig
 from training.dry_run import describe, dry_run
+from training.garbage import GarbageCollection
+from training.guard import Guard
 from training.metrics import Metrics
+from training.profile import Profiler, parse_steps
+from training.report import run_values, step_values, summary_line
+from training.saving import Saver, Written
 from training.schedule import learning_rate
 from training.signals import StopSignal
 
@@ -41,8 +47,11 @@ class Job:
     device: torch.device
     engine: Any
     metrics: Metrics
+    saver: Saver
+    clock: StepClock
     began_from: str | None
     step: int  # optimizer steps done
+    saves: list[Written] = field(default_factory=list)
 
 
 def parse() -> tuple[RunConfig, Namespace]:
@@ -53,6 +62,9 @@ def parse() -> tuple[RunConfig, Namespace]:
             "--dry-run", action="store_true", help="say what the run would cost, and stop"
         )
         parser.add_argument("--output", help="write what --dry-run says to this JSON file")
+        parser.add_argument(
+            "--profile", help="steps to trace, such as 20-22, into profile/ of the run directory"
+        )
         parser.add_argument("--local_rank", type=int, default=-1, help="set by `deepspeed`")
 
     return parse_options(
@@ -128,7 +140,18 @@ def setup(run: RunConfig, data: PreparedData, loader: WindowLoader) -> Job:
         metrics.say(line)
     for warning in run.warnings():
         metrics.say(f"warning: {warning}")
-    return Job(run, folder, data, loader, device, engine, metrics, start.began_from, start.step)
+    training = run.training
+    saver = Saver(
+        engine,
+        folder,
+        data.tokenizer,
+        keep=training.keep_checkpoints,
+        keep_every=training.keep_every,
+        in_background=training.async_checkpoint,
+    )
+    clock = StepClock(device, training.untimed_steps)
+    began = start.began_from
+    return Job(run, folder, data, loader, device, engine, metrics, saver, clock, began, start.step)
 
 
 def validate(job: Job, split: str, max_tokens: int | None) -> Score:
@@ -157,107 +180,95 @@ def validation_values(job: Job) -> dict[str, float]:
 
 
 def save(job: Job, steps_done: int) -> None:
-    """Writes a checkpoint of the state after `steps_done` optimizer steps."""
+    """Writes a checkpoint of the state after `steps_done` optimizer steps, or begins to."""
     batch, length = job.run.training.global_batch_size, job.run.training.seq_len
-    state = identity(job.run, job.data) | {
-        "step": steps_done,
-        "skipped_steps": job.engine.skipped_steps(),
-        "position": steps_done * batch,
-        "tokens": steps_done * batch * length,
-        "began_from": job.began_from,
-    }
-    written = checkpoint.save(job.engine, job.folder, job.data.tokenizer, state)
-    if distributed.rank() == 0:
-        kept = job.run.training
-        checkpoint.prune(job.folder, kept.keep_checkpoints, kept.keep_every)
-        run_dir.write_status(job.folder, "running", steps_done)
+    job.saver.save(
+        identity(job.run, job.data)
+        | {
+            "step": steps_done,
+            "skipped_steps": job.engine.skipped_steps(),
+            "position": steps_done * batch,
+            "tokens": steps_done * batch * length,
+            "began_from": job.began_from,
+        }
+    )
+    say_saved(job)
+
+
+def say_saved(job: Job) -> None:
+    """Reports a checkpoint that was written since the last call."""
+    written = job.saver.take_written()
+    if written is None:
+        return
+    job.saves.append(written)
+    run_dir.write_status(job.folder, "running", job.step)
     job.metrics.say(
-        f"saved {written.folder}: {written.bytes / 1e6:,.1f} MB in {written.seconds:.1f} s"
+        f"saved {written.folder}: {written.bytes / 1e6:,.1f} MB in {written.seconds:.1f} s, for "
+        f"{written.blocked_seconds:.1f} s of which training waited"
     )
 
 
-class Stopwatch:
-    """Time since it was made, and the part of it spent waiting for data."""
-
-    def __init__(self) -> None:
-        self.started = time.perf_counter()
-        self.waited = 0.0
-        self.steps = 0
-
-
-def report(job: Job, step: int, loss: torch.Tensor, norm: Any, watch: Stopwatch) -> dict[str, Any]:
-    """The numbers of a logged step. Reading loss and norm is what waits for the device."""
-    run = job.run
-    mean = distributed.sum_over_ranks(loss.double()) / job.engine.world_size
-    values = {"step": step + 1, "loss": mean.item()}
-    seconds = (time.perf_counter() - watch.started) / watch.steps
-    tokens = run.training.global_batch_size * run.training.seq_len
-    peak = hardware.peak_flops(hardware.device_name(job.device))
-    flops = 3 * run.model.flops_per_token(run.training.seq_len) * tokens / seconds
-    return values | {
-        "tokens": (step + 1) * tokens,
-        "lr": learning_rate(run.training, step),
-        "grad_norm": float(norm),
-        "tokens_per_second": tokens / seconds,
-        "seconds_per_step": seconds,
-        "mfu": flops / (peak * job.engine.world_size) if peak else None,
-        "data_wait_share": watch.waited / (watch.steps * seconds),
-        "skipped_steps": job.engine.skipped_steps(),
-        "peak_memory_bytes": hardware.peak_memory_bytes(job.device),
-        "eta_seconds": (run.training.max_steps - step - 1) * seconds,
-    }
-
-
-def train(job: Job, stop: StopSignal) -> None:
+def train(job: Job, stop: StopSignal, profiler: Profiler) -> None:
     """Steps from job.step to max_steps, or to a signal."""
-    training, engine = job.run.training, job.engine
-    watch = Stopwatch()
-
-    def load(position: int, count: int) -> torch.Tensor:
-        begun = time.perf_counter()
-        tokens = torch.from_numpy(job.loader.batch(position, count))
-        watch.waited += time.perf_counter() - begun
-        if int(tokens.max()) >= job.run.model.vocab_size:  # on the GPU it would be an assertion
-            raise InputError(
-                f"{job.data.path}: holds token id {int(tokens.max())}; model.vocab_size is "
-                f"{job.run.model.vocab_size}"
-            )
-        return tokens.to(job.device)
-
+    training, engine, clock = job.run.training, job.engine, job.clock
+    batches = Batches(job.run, job.loader, job.device, engine.accumulation, job.step)
+    guard = Guard(training.max_skipped_steps, training.global_batch_size, engine.accumulation)
+    garbage = GarbageCollection(training.gc_every)
+    clock.restart()
     for step in range(job.step, training.max_steps):
         if job.run.model.dropout:
             # Dropout is a pure function of step and rank too, so there is no RNG state to save.
             mixed = (training.seed * 1_000_003 + step) * 65_537 + distributed.rank()
             torch.manual_seed(mixed % 2**63)
-        slices = rank_slice(
-            step,
-            training.global_batch_size,
-            engine.world_size,
-            distributed.rank(),
-            engine.accumulation,
-        )
-        loss, norm = engine.train_step(step, [lambda s=s: load(*s) for s in slices])
-        watch.steps += 1
+        profiler.before(step + 1)
+        losses, norm = engine.train_step(step, lambda: batches.next(clock), clock)
+        clock.step()
+        guard.remember(losses)
         job.step = done = step + 1
         job.metrics.advance(done)
+        garbage.step(done)
         last = done == training.max_steps
+        signalled, (save_failed, skipped) = stop.over_ranks(
+            job.saver.failed(), engine.skipped_in_a_row()
+        )
+        stopping = signalled and not last
         due = training.validate_every and (done % training.validate_every == 0 or last)
         if done % training.log_every == 0 or due or last or done == 1:
-            values = report(job, step, loss, norm, watch)
+            values = step_values(job.run, engine, clock, done, losses, norm)
             if due:
-                values |= validation_values(job)
+                with clock.paused():
+                    values |= validation_values(job)
             job.metrics.record(values)
-            watch = Stopwatch()
-        stopping = not last and stop.on_any_rank()
-        if (
-            last
-            or stopping
-            or (training.checkpoint_every and done % training.checkpoint_every == 0)
-        ):
-            save(job, done)
-            watch = Stopwatch()
+        elif clock.just_warm:
+            clock.window()
+        trace = profiler.after(done, last or stopping)
+        if trace is not None:
+            job.metrics.say(f"profile: {trace}")
+        if save_failed:
+            job.saver.finish()  # raises on every rank
+        if training.max_skipped_steps is not None and skipped >= training.max_skipped_steps:
+            rate = learning_rate(training, step)
+            raise guard.stop(done, skipped, rate, job.loader, job.folder)
+        every = training.checkpoint_every
+        if last or stopping or (every and done % every == 0):
+            with clock.paused():
+                save(job, done)
+        say_saved(job)
         if stopping:
-            return
+            break
+    batches.close()
+    garbage.close()
+    job.saver.finish()
+    say_saved(job)
+    finish_timing(job)
+
+
+def finish_timing(job: Job) -> None:
+    """Writes throughput.json and its line in the log."""
+    values = run_values(job.run, job.engine, job.clock, job.saves)
+    if values is not None and distributed.rank() == 0:
+        run_dir.write_json(job.folder / "throughput.json", values)
+        job.metrics.say(summary_line(values))
 
 
 def evaluate_final(job: Job) -> None:
@@ -291,17 +302,19 @@ def main() -> int:
         return 0
     distributed.join_environment()
     run.training.accumulation(distributed.world_size())  # refuses a batch that does not divide
+    profiled = parse_steps(options.profile, run.training.max_steps) if options.profile else None
     data, loader = open_data(run)
     folder = Path(run.training.run_dir)
     with run_dir.lock(folder) if distributed.rank() == 0 else nullcontext():
-        code = run_job(setup(run, data, loader))
+        code = run_job(setup(run, data, loader), profiled)
         distributed.leave(code)
     return code
 
 
-def run_job(job: Job) -> int:
+def run_job(job: Job, profiled: tuple[int, int] | None) -> int:
     """Trains to the end or to a signal; the exit code."""
     stop = StopSignal()
+    profiler = Profiler(profiled, job.folder, distributed.rank(), job.device)
     status = partial(run_dir.write_status, job.folder) if distributed.rank() == 0 else _ignore
     status("running", job.step)
     try:
@@ -309,12 +322,14 @@ def run_job(job: Job) -> int:
             values = validation_values(job)
             job.metrics.scalars(0, values)
             job.metrics.say(f"before training: {values['validation_bits_per_byte']:.4f} bits/byte")
-        train(job, stop)
+        train(job, stop, profiler)
         completed = job.step >= job.run.training.max_steps
         if completed:
             evaluate_final(job)
-    except BaseException:
-        status("failed", job.step)
+    except BaseException as error:
+        status("failed", job.step, str(error) or type(error).__name__)
+        if isinstance(error, Exception):  # a second Ctrl-C waits for nothing
+            job.saver.wait()
         raise
     status("completed" if completed else "preempted", job.step)
     job.metrics.say(

@@ -11,13 +11,9 @@ Nothing in it depends on the number of ranks or the ZeRO stage, and nothing is a
 """
 
 import dataclasses
-import errno
 import json
-import os
 import shutil
-import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +28,6 @@ from data.tokenizer import Tokenizer
 from model import ModelConfig, Transformer
 from training import distributed, full_state
 from training.engine import Engine
-from training.run_dir import write_json
 
 FORMAT_VERSION = 2
 # What a run may change when it goes on: the same state, computed in another way.
@@ -41,120 +36,6 @@ MAY_CHANGE = ("world_size", "zero_stage", "precision")
 
 class DamagedError(InputError):
     """A checkpoint that is not what was written."""
-
-
-@dataclasses.dataclass
-class Written:
-    """What a save came to."""
-
-    folder: Path
-    bytes: int
-    seconds: float
-
-
-def save(engine: Engine, run_dir: Path, tokenizer: Tokenizer, state: dict[str, Any]) -> Written:
-    """Writes the checkpoint of `state["step"]`; every rank calls it.
-
-    InputError on every rank where rank 0 cannot write it, for example because the disk is full:
-    what was begun is removed and earlier checkpoints stay.
-    """
-    started = time.perf_counter()
-    folder = run_dir / "checkpoints" / f"step-{state['step']:08d}"
-    aside = folder.with_name(folder.name + ".partial")
-    with _agreed(folder, aside) as first:
-        if first:
-            shutil.rmtree(aside, ignore_errors=True)
-            aside.mkdir(parents=True)
-            _require_space(engine, aside)
-    tensors: dict[str, dict[str, Tensor]] = {kind: {} for kind in full_state.KINDS}
-    for kind, name, value in full_state.gather(engine):
-        tensors[kind][name] = value
-    state = {**state, "optimizer_steps": full_state.steps_taken(engine)}
-    size = 0
-    with _agreed(folder, aside) as first:
-        if first:
-            size = _write_files(aside, engine.run.model, tokenizer, tensors, state)
-            _put_in_place(aside, folder)
-    return Written(folder, size, time.perf_counter() - started)
-
-
-@contextmanager
-def _agreed(folder: Path, aside: Path) -> Iterator[bool]:
-    """Rank 0's part of a save (True there). Where it fails every rank raises, so that none waits
-    for it in a later collective.
-    """
-    error: Exception | None = None
-    try:
-        yield distributed.rank() == 0
-    except (OSError, SafetensorError) as caught:
-        error = caught
-        shutil.rmtree(aside, ignore_errors=True)
-    failed = torch.tensor(float(error is not None), device=distributed.collective_device())
-    if distributed.sum_over_ranks(failed).item():
-        text = "rank 0 failed" if error is None else " ".join(str(error).split())
-        raise InputError(
-            f"{folder}: the checkpoint could not be written ({text}); free space and start again: "
-            "the run goes on from the checkpoint before it"
-        ) from error
-
-
-def _require_space(engine: Engine, aside: Path) -> None:
-    """OSError where the disk has no room, before anything is written."""
-    needed = engine.run.model.num_parameters() * 4 * len(full_state.KINDS)
-    free = shutil.disk_usage(aside).free
-    if free < needed:
-        raise OSError(
-            errno.ENOSPC, f"no space left: {needed:,} bytes are needed, {free:,} are free"
-        )
-
-
-def _write_files(
-    aside: Path,
-    model: ModelConfig,
-    tokenizer: Tokenizer,
-    tensors: dict[str, dict[str, Tensor]],
-    state: dict[str, Any],
-) -> int:
-    """Writes and flushes all files of a checkpoint; their size in bytes."""
-    model.to_json(aside / "model.json")
-    shutil.copyfile(tokenizer.path, aside / "tokenizer.model")
-    safetensors.torch.save_file(tensors["weight"], aside / "model.safetensors")
-    moments = {
-        f"{kind}.{name}": value
-        for kind in full_state.MOMENTS
-        for name, value in tensors[kind].items()
-    }
-    safetensors.torch.save_file(moments, aside / "optimizer.safetensors")
-    listed, total = {}, 0
-    for path in sorted(aside.iterdir()):
-        _flush_to_disk(path)
-        size = path.stat().st_size
-        listed[path.name] = {"bytes": size, "sha256": sha256_file(path)}
-        total += size
-    write_json(
-        aside / "checkpoint.json", {"format_version": FORMAT_VERSION, **state, "files": listed}
-    )
-    _flush_to_disk(aside / "checkpoint.json")
-    _flush_to_disk(aside)  # the folder: its names
-    return total
-
-
-def _put_in_place(aside: Path, folder: Path) -> None:
-    """Gives a complete checkpoint its name."""
-    replaced = folder.with_name(folder.name + ".replaced")
-    if folder.exists():  # saved once more: the old one goes when the new one is there
-        folder.rename(replaced)
-    aside.rename(folder)
-    _flush_to_disk(folder.parent)
-    shutil.rmtree(replaced, ignore_errors=True)
-
-
-def _flush_to_disk(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def prune(run_dir: Path, keep: int | None, every: int | None = None) -> None:

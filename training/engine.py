@@ -11,6 +11,7 @@ from torch import Tensor
 from model import Transformer, init_weights, initial_value
 from model.transformer import Block
 from training import distributed, full_state
+from training.clock import StepClock
 from training.config import RunConfig
 from training.execution import apply_execution
 from training.optimizer import build_optimizer
@@ -76,6 +77,9 @@ class Engine:
         self.model: Transformer = self.deepspeed.module
         self.skipped_before = 0  # in the checkpoint that the run went on from
         self.skipped_on_device = torch.zeros((), device=device)
+        self.in_a_row_on_host = 0
+        self.in_a_row_on_device = torch.zeros((), device=device)
+        self.in_a_row_copy = torch.zeros((), pin_memory=device.type == "cuda")
         if config["bf16"]["enabled"]:
             self._set_master_weights()
         dtype = run.training.torch_dtype
@@ -98,36 +102,43 @@ class Engine:
             full_state.set_fp32(self, parameter, "weight", value.to(self.device))
 
     def train_step(
-        self, step: int, micro_batches: list[Callable[[], Tensor]]
+        self, step: int, next_batch: Callable[[], Tensor], clock: StepClock
     ) -> tuple[Tensor, Any]:
-        """One optimizer step. Each micro-batch gives token ids (b, seq_len + 1).
+        """One optimizer step. `next_batch` gives the token ids of a micro-batch (b, seq_len + 1).
 
-        Returns this rank's mean loss (a tensor on the device; reading it waits for the device) and
-        the global norm of the gradient before clipping.
+        Returns this rank's loss of each micro-batch (accumulation,), on the device (reading it
+        waits for the device), and the global norm of the gradient before clipping. Where a loss on
+        any rank or the norm is not finite, the step is left out on every rank.
         """
         rate = learning_rate(self.run.training, step)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        total = torch.zeros((), device=self.device)
+        losses = []
         norm: Any = None
         self.deepspeed.train()
-        for load in micro_batches:
-            tokens = load()
-            loss = self.deepspeed(tokens[:, :-1], tokens[:, 1:])
-            self.deepspeed.backward(loss)  # divides by the accumulation itself
-            if (
-                self.run.deepspeed.zero_stage == 0
-                and self.deepspeed.is_gradient_accumulation_boundary()
-            ):
-                # Stage 0 clips but does not keep the norm; gradients are averaged by now.
-                grads = [p.grad for p in self.model.parameters() if p.grad is not None]
-                norm = torch.nn.utils.get_total_norm(grads)
-                self._skip_unless_finite(norm)
-            self.deepspeed.step()
-            total += loss.detach()
+        for _ in range(self.accumulation):
+            tokens = next_batch()
+            with clock.phase("forward"):
+                loss = self.deepspeed(tokens[:, :-1], tokens[:, 1:])
+            losses.append(loss.detach())
+            with clock.phase("backward"):
+                # divides by the accumulation itself
+                self.deepspeed.backward(_with_its_gradient_not_finite(loss))
+            with clock.phase("optimizer"):
+                if (
+                    self.run.deepspeed.zero_stage == 0
+                    and self.deepspeed.is_gradient_accumulation_boundary()
+                ):
+                    # Stage 0 clips but does not keep the norm; gradients are averaged by now.
+                    grads = [p.grad for p in self.model.parameters() if p.grad is not None]
+                    norm = torch.nn.utils.get_total_norm(grads)
+                    self._skip_unless_finite(norm)
+                self.deepspeed.step()
         if norm is None:
             norm = self.deepspeed.get_global_grad_norm()
-        return total / len(micro_batches), norm
+            left_out = not self.deepspeed.was_step_applied()
+            self.in_a_row_on_host = (self.in_a_row_on_host + 1) * left_out
+        return torch.stack(losses), norm
 
     def _skip_unless_finite(self, norm: Tensor) -> None:
         """At stage 0 makes AdamW leave out this step where the norm is not finite; ZeRO does so
@@ -137,11 +148,19 @@ class Engine:
         base = getattr(self.optimizer, "optimizer", self.optimizer)
         base.grad_scale, base.found_inf = None, found_inf
         self.skipped_on_device += found_inf
+        self.in_a_row_on_device.add_(1).mul_(found_inf)
+        self.in_a_row_copy.copy_(self.in_a_row_on_device, non_blocking=True)
 
     def skipped_steps(self) -> int:
         """Steps left out so far because a gradient was not finite; waits for the device."""
         here = int(self.deepspeed.skipped_steps) + int(self.skipped_on_device.item())
         return self.skipped_before + here
+
+    def skipped_in_a_row(self) -> int:
+        """Steps left out in a row up to now. On a GPU at stage 0 it may be that of a step before,
+        and differ between ranks: it waits for no device.
+        """
+        return max(self.in_a_row_on_host, int(self.in_a_row_copy))
 
     @torch.no_grad()
     def token_losses(self, inputs: Tensor, targets: Tensor) -> Tensor:
@@ -149,6 +168,14 @@ class Engine:
         self.deepspeed.eval()
         losses: Tensor = self.deepspeed(inputs, targets, reduction="none")
         return losses
+
+
+def _with_its_gradient_not_finite(loss: Tensor) -> Tensor:
+    """The loss; where it is not finite, one whose gradient is not finite either, so that the check
+    of the gradient, which all ranks make together, finds it too. (The gradient of an infinite
+    cross-entropy is finite where the logit of the target is -inf.)
+    """
+    return loss * torch.where(loss.detach().isfinite(), 1.0, torch.nan)
 
 
 def _whole(_: Tensor) -> Any:

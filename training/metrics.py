@@ -62,7 +62,10 @@ class Metrics:
         self.file.write(json.dumps(finite, allow_nan=False) + "\n")
         self.file.flush()
         for name, value in values.items():
-            if isinstance(value, int | float) and name != "step":
+            if isinstance(value, list):  # one number a rank
+                for rank, one in enumerate(value):
+                    self.board.add_scalar(f"{name}/{rank}", one, values["step"])
+            elif isinstance(value, int | float) and name != "step":
                 self.board.add_scalar(name, value, values["step"])
         now = time.monotonic()
         important = "validation_loss" in values or values["step"] in (1, self.max_steps)

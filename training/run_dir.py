@@ -40,9 +40,10 @@ def lock(run_dir: Path) -> filelock.FileLock:
     return held
 
 
-def write_status(run_dir: Path, state: str, step: int) -> None:
-    """status.json: running, completed, preempted or failed, and the step."""
-    write_json(run_dir / "status.json", {"state": state, "step": step, "time": time.time()})
+def write_status(run_dir: Path, state: str, step: int, message: str | None = None) -> None:
+    """status.json: running, completed, preempted or failed, the step, and why it failed."""
+    status = {"state": state, "step": step, "time": time.time()}
+    write_json(run_dir / "status.json", status | ({"message": message} if message else {}))
 
 
 def write_json(path: Path, value: Any) -> None:

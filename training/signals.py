@@ -30,9 +30,12 @@ class StopSignal:
             raise KeyboardInterrupt
         self.received = signal.Signals(number)
 
-    def on_any_rank(self) -> bool:
-        """Whether any rank has been signalled; every rank calls it after each step."""
-        flag = torch.tensor([int(self.received is not None)])
+    def over_ranks(self, *values: int) -> tuple[bool, list[int]]:
+        """Whether any rank has been signalled, and the largest of each value over the ranks; every
+        rank calls it after each step.
+        """
+        mine = torch.tensor([int(self.received is not None), *values])
         if self.group is not None:
-            dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self.group)
-        return bool(flag.item())
+            dist.all_reduce(mine, op=dist.ReduceOp.MAX, group=self.group)
+        signalled, *largest = mine.tolist()
+        return bool(signalled), largest

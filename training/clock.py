@@ -1,0 +1,99 @@
+"""Where the time of training steps goes, measured without waiting for the device in between."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+PHASES = ("data", "forward", "backward", "optimizer")
+
+
+class StepClock:
+    """Seconds of steps and of their phases: of the window since the last report, and of all steps
+    that count.
+
+    The first `untimed_steps` steps of a process count in no mean: they compile kernels and fill
+    caches. On a GPU phases are measured by events in its stream and read at a report, which waits
+    for it anyway; "data" is the time for which the host waits for tokens. Reductions of gradients
+    that DeepSpeed does at the end of an accumulation are in "optimizer".
+    """
+
+    def __init__(self, device: torch.device, untimed_steps: int) -> None:
+        self.device, self.untimed_steps = device, untimed_steps
+        self.steps_done = 0
+        self.total_steps, self.total_seconds = 0, 0.0
+        self.totals = dict.fromkeys(PHASES, 0.0)
+        self.restart()
+
+    def restart(self) -> None:
+        """Begins a window now."""
+        self.steps = 0
+        self.phases = dict.fromkeys(PHASES, 0.0)
+        self.events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
+        self.started = time.perf_counter()
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Counts what runs inside of it as one of PHASES."""
+        if self.device.type != "cuda" or name == "data":
+            begun = time.perf_counter()
+            yield
+            self.phases[name] += time.perf_counter() - begun
+            return
+        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        first.record()
+        yield
+        last.record()
+        self.events.append((name, first, last))
+
+    def step(self) -> None:
+        """A step is over."""
+        self.steps_done += 1
+        self.steps += 1
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """What runs inside of it, such as a validation, is in no window."""
+        self._wait()
+        begun = time.perf_counter()
+        yield
+        self._wait()
+        self.started += time.perf_counter() - begun
+
+    def _wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def window(self) -> dict[str, Any]:
+        """Seconds a step since the last call, whole and by phase; begins the next window.
+
+        Waits for the device. A window with an untimed step in it is in no mean.
+        """
+        self._wait()
+        seconds = time.perf_counter() - self.started
+        for name, first, last in self.events:
+            self.phases[name] += first.elapsed_time(last) / 1000
+        found = {"seconds_per_step": seconds / self.steps}
+        found |= {f"{name}_seconds": self.phases[name] / self.steps for name in PHASES}
+        if self.steps_done - self.steps >= self.untimed_steps:
+            self.total_steps += self.steps
+            self.total_seconds += seconds
+            for name in PHASES:
+                self.totals[name] += self.phases[name]
+        self.restart()
+        return found
+
+    @property
+    def just_warm(self) -> bool:
+        """Whether the last untimed step is over, so that a window should end here."""
+        return self.steps_done == self.untimed_steps and self.steps > 0
+
+    def mean(self) -> dict[str, Any] | None:
+        """Seconds a step of all steps that count, whole and by phase; None where there is none."""
+        if not self.total_steps:
+            return None
+        found: dict[str, Any] = {"steps": self.total_steps}
+        found["seconds_per_step"] = self.total_seconds / self.total_steps
+        return found | {f"{n}_seconds": self.totals[n] / self.total_steps for n in PHASES}

@@ -1,0 +1,64 @@
+"""A trace of some steps: train.py --profile 20-22."""
+
+import re
+from pathlib import Path
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from data.errors import InputError
+
+
+def parse_steps(text: str, max_steps: int) -> tuple[int, int]:
+    """ "20-22" or "20" -> the first and last step to profile, counted from 1. InputError."""
+    found = re.fullmatch(r"(\d+)(?:-(\d+))?", text)
+    first, last = (int(found[1]), int(found[2] or found[1])) if found else (0, 0)
+    if not 1 <= first <= last <= max_steps:
+        raise InputError(
+            f"--profile: {text!r}; allowed are a step or two, such as 20-22, from 1 to "
+            f"training.max_steps {max_steps}"
+        )
+    return first, last
+
+
+class Profiler:
+    """torch's profiler around the chosen steps; every rank writes what it saw.
+
+    RUN/profile/steps-20-22-rank0.json.gz opens in Perfetto (ui.perfetto.dev) or chrome://tracing,
+    the .txt beside it lists the operators by time.
+    """
+
+    def __init__(
+        self, steps: tuple[int, int] | None, run_dir: Path, rank: int, device: torch.device
+    ) -> None:
+        self.steps, self.device = steps, device
+        self.active: profile | None = None
+        if steps is not None:
+            name = f"steps-{steps[0]}-{steps[1]}-rank{rank}.json.gz"
+            self.path = run_dir / "profile" / name
+
+    def before(self, step: int) -> None:
+        """Called before each step, counted from 1."""
+        if self.steps is None or self.active is not None:
+            return
+        if self.steps[0] <= step <= self.steps[1]:
+            activities = [ProfilerActivity.CPU]
+            if self.device.type == "cuda":
+                activities.append(ProfilerActivity.CUDA)
+            self.active = profile(activities=activities, record_shapes=True)
+            self.active.start()
+
+    def after(self, step: int, stopping: bool) -> Path | None:
+        """Called after each step; the file, once it is written. stopping: no step follows."""
+        if self.active is None or self.steps is None or (step < self.steps[1] and not stopping):
+            return None
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        self.active.stop()
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.active.export_chrome_trace(str(self.path))
+        by = "self_device_time_total" if self.device.type == "cuda" else "self_cpu_time_total"
+        table = self.active.key_averages().table(sort_by=by, row_limit=60)
+        self.path.with_suffix("").with_suffix(".txt").write_text(table + "\n")
+        self.active, self.steps = None, None
+        return self.path
