@@ -220,7 +220,8 @@ def train(job: Job, stop: StopSignal, profiler: Profiler) -> None:
             # Dropout is a pure function of step and rank too, so there is no RNG state to save.
             mixed = (training.seed * 1_000_003 + step) * 65_537 + distributed.rank()
             torch.manual_seed(mixed % 2**63)
-        profiler.before(step + 1)
+        if profiler.before(step + 1):
+            clock.leave_out()
         losses, norm = engine.train_step(step, lambda: batches.next(clock), clock)
         clock.step()
         guard.remember(losses)

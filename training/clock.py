@@ -29,7 +29,7 @@ class StepClock:
 
     def restart(self) -> None:
         """Begins a window now."""
-        self.steps = 0
+        self.steps, self.counts = 0, True
         self.phases = dict.fromkeys(PHASES, 0.0)
         self.events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
         self.started = time.perf_counter()
@@ -52,6 +52,10 @@ class StepClock:
         """A step is over."""
         self.steps_done += 1
         self.steps += 1
+
+    def leave_out(self) -> None:
+        """The current window is in no mean, for example because its steps are being profiled."""
+        self.counts = False
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -77,7 +81,7 @@ class StepClock:
             self.phases[name] += first.elapsed_time(last) / 1000
         found = {"seconds_per_step": seconds / self.steps}
         found |= {f"{name}_seconds": self.phases[name] / self.steps for name in PHASES}
-        if self.steps_done - self.steps >= self.untimed_steps:
+        if self.counts and self.steps_done - self.steps >= self.untimed_steps:
             self.total_steps += self.steps
             self.total_seconds += seconds
             for name in PHASES:

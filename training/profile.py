@@ -37,16 +37,15 @@ class Profiler:
             name = f"steps-{steps[0]}-{steps[1]}-rank{rank}.json.gz"
             self.path = run_dir / "profile" / name
 
-    def before(self, step: int) -> None:
-        """Called before each step, counted from 1."""
-        if self.steps is None or self.active is not None:
-            return
-        if self.steps[0] <= step <= self.steps[1]:
+    def before(self, step: int) -> bool:
+        """Called before each step, counted from 1; whether it is traced."""
+        if self.steps and not self.active and self.steps[0] <= step <= self.steps[1]:
             activities = [ProfilerActivity.CPU]
             if self.device.type == "cuda":
                 activities.append(ProfilerActivity.CUDA)
             self.active = profile(activities=activities, record_shapes=True)
             self.active.start()
+        return self.active is not None
 
     def after(self, step: int, stopping: bool) -> Path | None:
         """Called after each step; the file, once it is written. stopping: no step follows."""

@@ -78,3 +78,13 @@ def test_a_window_with_an_untimed_step_in_it_does_not_count(now: SimpleNamespace
         run_step(clock, now, {"forward": seconds})
     clock.window()
     assert clock.mean() is None
+
+
+def test_a_window_that_is_left_out_does_not_count(now: SimpleNamespace):
+    clock = StepClock(torch.device("cpu"), untimed_steps=0)
+    run_step(clock, now, {"forward": 100})
+    clock.leave_out()
+    assert clock.window()["seconds_per_step"] == 100
+    run_step(clock, now, {"forward": 2})
+    clock.window()
+    assert clock.mean()["seconds_per_step"] == 2

@@ -121,20 +121,23 @@ CASES = [
 
 @pytest.mark.parametrize(("changes", "ranks"), CASES)
 def test_resumed_run_is_one_that_never_stopped(changes: dict[str, Any], ranks: int, runs: Runs):
-    config = runs.config(**changes)
+    """Stopped after step 2, and after step 5, twice in a row."""
+    config = runs.config(training__checkpoint_every=1, training__keep_checkpoints=None, **changes)
     launcher = "python" if ranks == 1 else "torchrun"
     runs.train(config, ranks=ranks, launcher=launcher)
     run_dir = runs.folder / "run"
     straight = metrics(run_dir)
     straight_weights = (run_dir / "checkpoints/step-00000006/model.safetensors").read_bytes()
-    shutil.rmtree(run_dir / "checkpoints/step-00000006")
-    out, _ = runs.train(config, ranks=ranks, launcher=launcher)
-    assert "step-00000003" in out
-    again = metrics(run_dir)
-    for key in ("step", "loss", "lr", "grad_norm", "tokens"):
-        assert [m[key] for m in again] == [m[key] for m in straight]
-    weights = (run_dir / "checkpoints/step-00000006/model.safetensors").read_bytes()
-    assert weights == straight_weights
+    for stopped in (2, 5):
+        for step in range(stopped + 1, 7):
+            shutil.rmtree(run_dir / f"checkpoints/step-{step:08d}")
+        out, _ = runs.train(config, ranks=ranks, launcher=launcher)
+        assert f"resumed from {run_dir}/checkpoints/step-{stopped:08d}" in out
+        again = metrics(run_dir)
+        for key in ("step", "loss", "lr", "grad_norm", "tokens"):
+            assert [m[key] for m in again] == [m[key] for m in straight]
+        weights = (run_dir / "checkpoints/step-00000006/model.safetensors").read_bytes()
+        assert weights == straight_weights
 
 
 MOVES = [
