@@ -1,5 +1,6 @@
 # make demo   installs, prepares the embedded corpus, trains a tiny LPA model, evaluates and samples it
 # make test   installs and runs the test suite (make test-all: with the full matrices)
+# make faults kills, fills and damages running jobs (an hour), and writes the table of docs/reliability.md
 # make check  linters and types;  make clean  removes what the above made
 VENV := .venv
 BIN := $(VENV)/bin
@@ -12,7 +13,7 @@ TORCH := $(shell sed -n 's/^torch==//p' requirements.txt)
 INSTALLED_TORCH = $(shell $(PYTHON) -c 'from importlib.metadata import version; print(version("torch").split("+")[0])' 2>/dev/null)
 VENV_OPTIONS = $(if $(filter $(TORCH),$(INSTALLED_TORCH)),--system-site-packages)
 
-.PHONY: setup demo test test-all check format clean
+.PHONY: setup demo test test-all faults check format clean
 
 setup: $(VENV)/.installed
 
@@ -36,6 +37,11 @@ test: setup
 
 test-all: setup
 	$(BIN)/python -m pytest -m "not gpu"
+
+faults: setup
+	@mkdir -p runs
+	$(BIN)/python -m pytest tests/faults --fault-results runs/faults.json
+	$(BIN)/python -m tests.faults.table runs/faults.json --output docs/reliability.md
 
 check: setup
 	$(BIN)/ruff check .

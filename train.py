@@ -18,7 +18,7 @@ from data.command_line import parse_options
 from data.errors import InputError, require_folder_of, run_cli
 from data.loader import WindowLoader
 from data.shards import PreparedData
-from eval.perplexity import Score, score
+from eval.scoring import Score, score
 from training import checkpoint, distributed, hardware, resume, run_dir
 from training.batches import Batches
 from training.clock import StepClock

@@ -81,14 +81,15 @@ def _take_configs(argv: list[str]) -> tuple[list[str], list[str]]:
 def _spell_out(argv: list[str], cls: type) -> list[str]:
     """`--input a b` as `--input '["a", "b"]'` for lists, and `--flag` as `--flag true`."""
     kinds = {f"--{f.name}": f.type for f in _fields(cls)}
+    lists = {n for n, kind in kinds.items() if list[str] in (kind, *typing.get_args(kind))}
     parts: list[str] = []
     for flag, is_flag in [(a, a.startswith("--")) for a in argv]:
         owner = parts[-2] if len(parts) > 1 else ""
         if is_flag and parts and kinds.get(parts[-1]) is bool:
             parts.append("true")
-        if not is_flag and parts and kinds.get(parts[-1]) == list[str] and flag[:1] != "[":
+        if not is_flag and parts and parts[-1] in lists and flag[:1] != "[":
             flag = json.dumps([flag])
-        elif not is_flag and kinds.get(owner) == list[str]:
+        elif not is_flag and owner in lists:
             parts[-1] = json.dumps([*json.loads(parts[-1]), flag])
             continue
         parts.append(flag)

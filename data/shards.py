@@ -20,7 +20,7 @@ import numpy as np
 
 from data.errors import InputError
 from data.sources import Document
-from data.tokenizer import Tokenizer
+from data.tokenizer import TextTokenizer, Tokenizer
 
 FORMAT_VERSION = 1
 SPLITS = ("train", "valid", "test")
@@ -95,7 +95,9 @@ class TokenStream:
         return np.concatenate([np.empty(0, dtype=np.int64), *parts])
 
     @classmethod
-    def from_documents(cls, texts: Iterable[Document | str], tokenizer: Tokenizer) -> "TokenStream":
+    def from_documents(
+        cls, texts: Iterable[Document | str], tokenizer: TextTokenizer
+    ) -> "TokenStream":
         """A stream in memory, tokenised as preparation does; documents without text are skipped."""
         dtype = token_dtype(tokenizer.vocab_size)
         pieces: list[np.ndarray] = []

@@ -5,7 +5,7 @@ import os
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -15,6 +15,23 @@ SPACE_MARK = "\u2581"  # SentencePiece writes a space as this character
 # The trainer drops longer lines (its max_sentence_length is 4192 bytes); a character is 4 bytes at
 # most.
 _LINE_CHARACTERS = 1000
+
+
+class TextTokenizer(Protocol):
+    """What scoring a text needs of a tokenizer, whoever made it."""
+
+    vocab_size: int
+    bos_id: int
+    eos_id: int
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of `text`, without special tokens."""
+
+    def encode_document(self, text: str) -> list[int]:
+        """[BOS] + the ids of `text`."""
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of `ids`."""
 
 
 class Tokenizer:

@@ -20,7 +20,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
     x (..., d), weight (d,) -> (..., d).
     """
-    return F.rms_norm(x, (x.size(-1),), weight.to(x.dtype), eps)
+    y = F.rms_norm(x, (x.size(-1),), weight.to(x.dtype), eps)
+    return y.to(x.dtype)  # autocast on a GPU computes it in float32
 
 
 def rotary_table(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from kernels import ops, reference
 from kernels.attention import Backend, Mask, attend
 from model.config import ModelConfig
+from model.norm import RMSNorm
 from model.projection import Dense, LowDim, plain, projection
 
 Rotary = tuple[Tensor, Tensor]
@@ -64,7 +65,9 @@ class KVCache:
 
 
 class Attention(nn.Module):
-    """o_proj(softmax(q kᵀ / √D, causal) v) with q, k, v = projections of x."""
+    """o_proj(softmax(q kᵀ / √D, causal) v) with q, k, v = projections of x; with qk_norm, q and k
+    are normalised a head at a time, before rotary positions.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -74,6 +77,9 @@ class Attention(nn.Module):
         layers = {name: projection(s) for name, s in config.attention_projections().items()}
         self.q_proj, self.k_proj = layers["q_proj"], layers["k_proj"]
         self.v_proj, self.o_proj = layers["v_proj"], layers["o_proj"]
+        normed, eps = config.qk_norm, config.norm_eps
+        self.q_norm = RMSNorm(config.head_dim, eps) if normed else None
+        self.k_norm = RMSNorm(config.head_dim, eps) if normed else None
 
     def forward(
         self,
@@ -88,6 +94,8 @@ class Attention(nn.Module):
         q = self.q_proj(x).unflatten(-1, (-1, self.head_dim))  # (B, T, H, D)
         k = self.k_proj(x).unflatten(-1, (-1, self.head_dim))  # (B, T, H_kv, D)
         v = self.v_proj(x).unflatten(-1, (-1, self.head_dim))  # (B, T, H_kv, D)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
         if rotary is not None:
             q, k = reference.apply_rotary(q, *rotary), reference.apply_rotary(k, *rotary)
         return self.o_proj(self._attend(q, k, v, mask, cache))
@@ -108,24 +116,33 @@ class Attention(nn.Module):
         q, k, v, o = self.q_proj, self.k_proj, self.v_proj, self.o_proj
         if isinstance(q, LowDim) and isinstance(k, LowDim) and isinstance(v, LowDim):
             h, x = ops.norm_down(x, norm_weight.to(x.dtype), (q.A, k.A, v.A), eps)
+            if q.latent_norm is not None:
+                parts = h.split([layer.rank for layer in (q, k, v)], dim=-1)
+                normed = [at.normalised(part) for at, part in zip((q, k, v), parts, strict=True)]
+                h = torch.cat(normed, dim=-1)  # (B, T, r_q + r_k + r_v)
             heads = ops.up_rotary(h, (q.B, k.B, v.B), *rotary, self.head_dim)
         else:
             weights = (_weight(q), _weight(k), _weight(v))
             *qkv, x = ops.norm_qkv(x, norm_weight.to(x.dtype), weights, eps, *rotary, self.head_dim)
             heads = (qkv[0], qkv[1], qkv[2])
         y = self._attend(*heads, mask, cache)
-        if isinstance(o, LowDim):
+        if isinstance(o, LowDim) and o.latent_norm is None:
             return ops.low_dim_linear(y, o.A, o.B, residual=x)
         return x + o(y)
 
     def fusible(self) -> bool:
         """Whether nobody watches or changes the calls that fused() leaves out: no hooks, and the
-        projections are what this class made, without biases.
+        projections are what this class made, without biases; and nothing stands between them and
+        rotary positions.
         """
-        return plain(self, Attention) and all(
-            (plain(layer, LowDim) and layer.bias_A is None and layer.bias_B is None)
-            or (plain(layer, Dense) and layer.bias is None)
-            for layer in (self.q_proj, self.k_proj, self.v_proj, self.o_proj)
+        return (
+            plain(self, Attention)
+            and self.q_norm is None
+            and all(
+                (plain(layer, LowDim) and layer.bias_A is None and layer.bias_B is None)
+                or (plain(layer, Dense) and layer.bias is None)
+                for layer in (self.q_proj, self.k_proj, self.v_proj, self.o_proj)
+            )
         )
 
     def _attend(

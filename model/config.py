@@ -8,33 +8,12 @@ import math
 import typing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
+
+from model.shape import Bias, Shape
 
 Family = Literal["llama", "paper-1"]
-Bias = Literal["none", "latent", "output"]
 FORMAT_VERSION = 1
-
-
-class Shape(NamedTuple):
-    """A projection of a block: y (d_out) = W x (d_in), W dense (rank None) or the product B·A."""
-
-    d_in: int
-    d_out: int
-    rank: int | None
-    bias: Bias
-
-    def matmul_parameters(self) -> int:
-        """Entries of the matrices that are multiplied: the factors, not their dense equivalent."""
-        if self.rank is None:
-            return self.d_in * self.d_out
-        return self.rank * (self.d_in + self.d_out)
-
-    def parameters(self) -> int:
-        """All parameters; a bias sits on the output of W or B, or (latent) on that of A."""
-        if self.bias == "none":
-            return self.matmul_parameters()
-        latent = self.bias == "latent" and self.rank is not None
-        return self.matmul_parameters() + (self.rank if latent and self.rank else self.d_out)
 
 
 def _is_number(value: Any) -> bool:
@@ -108,6 +87,13 @@ class ModelConfig:
         init: "matched" (the product B·A has the variance of the dense weight) or "authors" (torch's
             defaults, as in the authors' code: the product has a third of it). See init_weights.
         init_std: Standard deviation of a dense weight under "matched".
+        qk_norm: RMSNorm over each head's queries and keys before rotary positions, with one learned
+            weight (head_dim,) for the queries of all heads and one for the keys (Henry et al. 2020,
+            Dehghani et al. 2023).
+        latent_norm: RMSNorm of the latent A x of each low-dimensional projection, with a learned
+            weight (r,), times √(d_in/r): y = B (√(d_in/r) · RMSNorm(A x)).
+        zero_init_outputs: o_proj and down_proj start at zero, so that each block starts as the
+            identity (family llama). See init_weights.
         document_start_id: Attention stays within documents, each of which begins with this token
             (the tokenizer's BOS); null: it crosses their borders. Learned positions go on counting.
     """
@@ -129,6 +115,9 @@ class ModelConfig:
     lm_head_bias: bool | None = None
     init: Literal["matched", "authors"] = "matched"
     init_std: float = 0.02
+    qk_norm: bool = False
+    latent_norm: bool = False
+    zero_init_outputs: bool = False
     document_start_id: int | None = None
 
     def __post_init__(self) -> None:
@@ -183,6 +172,13 @@ class ModelConfig:
                 f"model.document_start_id: {self.document_start_id}; allowed are token ids, 0 to "
                 f"{self.vocab_size - 1}, or null"
             )
+        if self.zero_init_outputs and self.family == "paper-1":
+            # LayerNorm of zero has a gradient of 1/√eps, and its output is of unit scale as soon as
+            # its input is not zero.
+            raise ValueError(
+                "model.zero_init_outputs: true, but family paper-1 normalises these outputs; "
+                "allowed is false, or family llama"
+            )
         for name, shape in self.block_projections().items():
             if shape.rank is not None and shape.rank > min(shape.d_in, shape.d_out):
                 raise ValueError(
@@ -197,6 +193,16 @@ class ModelConfig:
             return self.r
         return Ranks() if self.r is None else Ranks.from_scalar(self.r)
 
+    def warnings(self) -> list[str]:
+        """Settings that have no effect."""
+        if self.latent_norm and self.ranks == Ranks():
+            return ["model.latent_norm has no effect: no projection is low-dimensional (model.r)"]
+        return []
+
+    @property
+    def _latent_eps(self) -> float | None:
+        return self.norm_eps if self.latent_norm else None
+
     def attention_projections(self) -> dict[str, Shape]:
         """The projections of the attention of one block, by name."""
         assert self.head_dim is not None
@@ -207,22 +213,26 @@ class ModelConfig:
         # the output.
         into: Bias = "latent" if self.family == "paper-1" else "none"
         out: Bias = "output" if self.family == "paper-1" else "none"
+        eps = self._latent_eps
         return {
-            "q_proj": Shape(d, wide, r.q, into),
-            "k_proj": Shape(d, narrow, r.k, into),
-            "v_proj": Shape(d, narrow, r.v, into),
-            "o_proj": Shape(wide, d, r.o, out),
+            "q_proj": Shape(d, wide, r.q, into, eps),
+            "k_proj": Shape(d, narrow, r.k, into, eps),
+            "v_proj": Shape(d, narrow, r.v, into, eps),
+            "o_proj": Shape(wide, d, r.o, out, eps),
         }
 
     def feed_forward_projections(self) -> dict[str, Shape]:
         """The projections of the feed-forward network of one block, by name."""
-        d, f, r = self.hidden_size, self.intermediate_size, self.ranks.ffn
+        d, f, r, eps = self.hidden_size, self.intermediate_size, self.ranks.ffn, self._latent_eps
         if self.family == "paper-1":
-            return {"up_proj": Shape(d, f, r, "latent"), "down_proj": Shape(f, d, r, "output")}
+            return {
+                "up_proj": Shape(d, f, r, "latent", eps),
+                "down_proj": Shape(f, d, r, "output", eps),
+            }
         return {
-            "gate_proj": Shape(d, f, r, "none"),
-            "up_proj": Shape(d, f, r, "none"),
-            "down_proj": Shape(f, d, r, "none"),
+            "gate_proj": Shape(d, f, r, "none", eps),
+            "up_proj": Shape(d, f, r, "none", eps),
+            "down_proj": Shape(f, d, r, "none", eps),
         }
 
     def block_projections(self) -> dict[str, Shape]:
@@ -232,7 +242,9 @@ class ModelConfig:
     def num_parameters(self, embeddings: bool = True) -> int:
         """Parameters of the model; without embeddings: the blocks and the final norm alone."""
         norm = self.hidden_size * (2 if self.family == "paper-1" else 1)  # LayerNorm has a bias
-        block = sum(p.parameters() for p in self.block_projections().values()) + 2 * norm
+        assert self.head_dim is not None
+        heads = 2 * self.head_dim if self.qk_norm else 0
+        block = sum(p.parameters() for p in self.block_projections().values()) + 2 * norm + heads
         body = self.num_layers * block + (norm if self.family == "llama" else 0)
         if not embeddings:
             return body

@@ -6,10 +6,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from kernels.verify import verify
 from model.execution import Execution, Plan, plan
+from model.norm import RMSNorm
 from model.projection import LowDim, watched
 from model.transformer import Block, Transformer
 
@@ -41,32 +42,34 @@ def configure(
             module.fused = chosen.fused
     head = model.lm_head
     head.loss, head.chunk_tokens = execution.loss, execution.loss_chunk_tokens
-    head.compiled = chosen.compiled and training
-    for block in model.layers:
-        vars(block).pop("forward", None)  # of a configure before
-        if chosen.compiled:
-            block.forward = types.MethodType(_forward, block)
+    # On a CPU Inductor's softmax over the vocabulary is slower than torch's own.
+    head.compiled = chosen.compiled and training and device.type == "cuda"
+    for module in (*model.layers, model.final_norm):
+        vars(module).pop("forward", None)  # of a configure before
+        if chosen.compiled and isinstance(module, Block | RMSNorm):
+            vars(module)["forward"] = types.MethodType(_forward, module)
     return chosen
 
 
 @functools.cache
-def _compiled() -> Callable[..., Tensor]:
-    """One compiled function for all blocks: they differ in their parameters alone, which are inputs
-    of the graph. Hooks of a block, such as those of ZeRO stage 3, stay outside of it.
+def _compiled(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """One compiled function for all modules of a class: they differ in their parameters alone, which
+    are inputs of the graph. Hooks of a module, such as those of ZeRO stage 3, stay outside of it.
     """
     # Training, validation, other batches and decoding each need a graph; the default of 8 would be
     # an error under fullgraph.
     torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
-    function: Callable[..., Tensor] = torch.compile(Block.forward, fullgraph=True)
+    function: Callable[..., Tensor] = torch.compile(forward, fullgraph=True)
     return function
 
 
-def _forward(block: Block, *args: Any, **kwargs: Any) -> Tensor:
-    """Block.forward, compiled unless somebody watches a module inside: a graph that is compiled
-    already does not see hooks that come later.
+def _forward(module: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+    """forward of the module's class, compiled unless somebody watches a module inside: a graph that
+    is compiled already does not see hooks that come later.
     """
-    inside = any(watched(module) for module in block.modules() if module is not block)
-    return (Block.forward if inside else _compiled())(block, *args, **kwargs)
+    inside = any(watched(one) for one in module.modules() if one is not module)
+    forward: Callable[..., Tensor] = type(module).forward
+    return (forward if inside else _compiled(forward))(module, *args, **kwargs)
 
 
 def _verified(

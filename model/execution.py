@@ -30,6 +30,8 @@ class Execution:
         recompute_ffn: Keep gate and up for the backward pass, and rebuild the feed-forward
             network's norm and product.
         recompute_blocks: Keep only the input of each block: least memory, each forward pass twice.
+        recompute_every: With recompute_blocks, recompute every n-th block, beginning with the
+            first; the others keep what they compute.
         loss: "chunked" (never the logits of a whole batch), "whole" or "liger" (liger-kernel's, on
             a GPU).
         loss_chunk_tokens: Tokens of a chunk; null: as many as have 2^26 logits.
@@ -41,14 +43,19 @@ class Execution:
     recompute_qkv: bool = False
     recompute_ffn: bool = False
     recompute_blocks: bool = False
+    recompute_every: int = 1
     loss: Literal["chunked", "whole", "liger"] = "chunked"
     loss_chunk_tokens: int | None = None
 
     def __post_init__(self) -> None:
-        if self.loss_chunk_tokens is not None and self.loss_chunk_tokens < 1:
-            raise ValueError(
-                f"execution.loss_chunk_tokens: {self.loss_chunk_tokens}; it must be at least 1"
-            )
+        for name in ("recompute_every", "loss_chunk_tokens"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"execution.{name}: {value}; it must be at least 1")
+
+    def recomputes(self, index: int) -> bool:
+        """Whether all of block `index` is recomputed."""
+        return self.recompute_blocks and index % self.recompute_every == 0
 
     def chunk_tokens(self, vocab_size: int) -> int:
         """Tokens whose logits exist at once."""
@@ -64,6 +71,8 @@ class Execution:
             found.append(
                 "execution.recompute_qkv and recompute_ffn have no effect with recompute_blocks"
             )
+        if self.recompute_every > 1 and not self.recompute_blocks:
+            found.append("execution.recompute_every has no effect without recompute_blocks")
         if self.loss_chunk_tokens is not None and self.loss != "chunked":
             found.append(f"execution.loss_chunk_tokens has no effect with loss {self.loss}")
         return found
@@ -89,6 +98,8 @@ def unfusible(config: ModelConfig) -> str:
     ranks = config.ranks
     if config.family != "llama":
         return f"family {config.family} has no fused layer"
+    if config.qk_norm:
+        return "qk_norm stands between the projections of q and k and their rotary positions"
     if config.dropout:
         return "dropout stands between the output projection and the residual"
     dense = [name for name in "qkv" if getattr(ranks, name) is None]
@@ -165,13 +176,15 @@ def plan(
     lines.append(f"blocks: {'compiled' if compiled else 'not compiled'} ({why})")
     if execution.loss == "liger" and not cuda:
         raise ValueError(f"execution.loss: liger needs a GPU; the device is {device}")
-    lines.append(f"loss: {execution.loss}; recomputed in backward: {_rebuilt(execution)}")
+    lines.append(f"loss: {execution.loss}; recomputed in backward: {_rebuilt(config, execution)}")
     return Plan(fused, compiled, lines)
 
 
-def _rebuilt(execution: Execution) -> str:
+def _rebuilt(config: ModelConfig, execution: Execution) -> str:
     if execution.recompute_blocks:
-        return "whole blocks"
+        count = sum(execution.recomputes(index) for index in range(config.num_layers))
+        some = execution.recompute_every > 1
+        return f"whole blocks, {count} of {config.num_layers}" if some else "whole blocks"
     math = " and attention, which math computes in pieces" if execution.attention == "math" else ""
     qkv = f"q, k, v{math}" if execution.recompute_qkv else ""
     ffn = "the FFN's norm and product" if execution.recompute_ffn else ""

@@ -1,10 +1,14 @@
 """Dense and LowDim projections: the one place where the vanilla Transformer and LPA differ."""
 
+import math
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels import ops, reference
-from model.config import Shape
+from model.norm import RMSNorm
+from model.shape import Shape
 
 
 class Dense(nn.Linear):
@@ -20,7 +24,9 @@ class Dense(nn.Linear):
 class LowDim(nn.Module):
     """y = B (A x): the low-dimensional projection of LPA. A (r, d_in), B (d_out, r).
 
-    A bias, where the family has one, sits on the latent (after A) or on the output (after B).
+    A bias, where the family has one, sits on the latent (after A) or on the output (after B). With
+    a latent norm, y = B (√(d_in/r) · RMSNorm(A x)), as in MLRA (ICLR 2026): what enters B has the
+    length √d_in, that of an input of unit scale which enters a dense weight.
     """
 
     bias_A: nn.Parameter | None
@@ -36,12 +42,25 @@ class LowDim(nn.Module):
         latent, output = shape.bias == "latent", shape.bias == "output"
         self.bias_A = nn.Parameter(torch.empty(shape.rank)) if latent else None
         self.bias_B = nn.Parameter(torch.empty(shape.d_out)) if output else None
+        eps = shape.latent_eps
+        self.latent_norm = None if eps is None else RMSNorm(shape.rank, eps)
         self.fused = False  # by the operator of kernels.ops, a node of the graph instead of two
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., d_in) -> (..., d_out)."""
+        if self.latent_norm is not None:
+            return F.linear(self.normalised(F.linear(x, self.A, self.bias_A)), self.B, self.bias_B)
         linear = ops.low_dim_linear if self.fused else reference.low_dim_linear
         return linear(x, self.A, self.B, self.bias_A, self.bias_B)
+
+    def normalised(self, latent: Tensor) -> Tensor:
+        """What enters B of a latent (..., r), which is A x + bias_A: the latent itself where there
+        is no norm.
+        """
+        if self.latent_norm is None:
+            return latent
+        normed: Tensor = self.latent_norm(latent) * math.sqrt(self.d_in / self.rank)
+        return normed
 
     def extra_repr(self) -> str:
         """Shape of the layer for print(model)."""

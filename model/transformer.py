@@ -24,26 +24,15 @@ from kernels import reference
 from kernels.attention import Mask, backend_context, document_mask
 from kernels.cross_entropy import linear_cross_entropy
 from model.attention import Attention, KVCache, LayerCache, Rotary
-from model.config import ModelConfig, Shape
+from model.config import ModelConfig
 from model.execution import Execution
 from model.feed_forward import FeedForward
+from model.norm import RMSNorm
 from model.projection import Dense, LowDim, plain
 from model.recompute import keep_attention, keep_products, recomputed
+from model.shape import Shape
 
 Gather = Callable[[Tensor], AbstractContextManager[object]]
-
-
-class RMSNorm(nn.Module):
-    """x / rms(x) · weight. weight (d,)."""
-
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(config.hidden_size))
-        self.eps = config.norm_eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x (..., d) -> (..., d)."""
-        return reference.rms_norm(x, self.weight, self.eps)
 
 
 class Embedding(nn.Embedding):
@@ -55,7 +44,7 @@ class Embedding(nn.Embedding):
 
 def _norm(config: ModelConfig) -> nn.Module:
     if config.family == "llama":
-        return RMSNorm(config)
+        return RMSNorm(config.hidden_size, config.norm_eps)
     return nn.LayerNorm(config.hidden_size, eps=config.norm_eps)
 
 
@@ -185,11 +174,10 @@ class Transformer(nn.Module):
         positions = torch.arange(start, start + length, device=input_ids.device)
         x, rotary = self._embed(input_ids, positions)
         mask = self._document_mask(input_ids, cache, x)
-        whole = self.execution.recompute_blocks and cache is None
         random = self.config.dropout != 0 and self.training
         with backend_context(self.execution.attention, x.device):
             for index, block in enumerate(self.layers):
-                if whole:
+                if cache is None and self.execution.recomputes(index):
                     x = recomputed(block, x, rotary, mask, random=random)
                 else:
                     x = block(x, rotary, mask, cache.layer(index) if cache is not None else None)
@@ -234,6 +222,9 @@ def init_weights(model: Transformer, seed: int, gather: Gather = lambda _: nullc
     | output head (untied)        | N(0, σ²)                   | U(±1/√d)              |
     | biases                      | 0                          | U(±1/√fan_in)         |
     | norms                       | weight 1, bias 0           | weight 1, bias 0      |
+    | B, with latent_norm         | N(0, s²)                   | U(±1/√r)              |
+    | with zero_init_outputs:     |                            |                       |
+    | W or B of o_proj, down_proj | 0                          | 0                     |
 
     s = σ, but σ/√(2L) for o_proj and down_proj, the two outputs that each block adds to the
     residual stream (Radford et al. 2019, section 2.3). An entry of the product B·A then has
@@ -241,6 +232,13 @@ def init_weights(model: Transformer, seed: int, gather: Gather = lambda _: nullc
     A x has the scale of x. "authors" is what the published LPA code does by leaving torch's
     defaults: its product has variance 1/(9 d_in), a third of the dense 1/(3 d_in), so rank and
     initial scale change together there.
+
+    With latent_norm an entry of what enters B has the mean square d_in/r, whatever x, so the output
+    has the variance r · s² · d_in/r = s² d_in: that of the dense weight, or of B·A, for an x of
+    unit scale. q, k, v, gate and up have such an x (family llama). The inputs of o_proj and
+    down_proj are smaller at the start, and the norm makes up for that, so their outputs begin
+    larger than without it (zero_init_outputs begins with none). Under "authors" the norm multiplies
+    the variance of an output, for an x of unit scale, by 3 d_in/r.
 
     A tensor is drawn on the CPU from a generator seeded by (seed, name), so the values depend on
     nothing else. `gather(parameter)` must yield with the whole parameter writable (ZeRO stage 3).
@@ -260,6 +258,9 @@ def initial_value(model: Transformer, name: str, shape: torch.Size, seed: int) -
     value = torch.empty(shape)
     if isinstance(module, RMSNorm | nn.LayerNorm):
         return value.fill_(1.0 if leaf == "weight" else 0.0)
+    output = owner.endswith((".o_proj", ".down_proj"))
+    if config.zero_init_outputs and output and leaf in ("weight", "B"):
+        return value.zero_()
     if config.init == "authors":
         if isinstance(module, nn.Embedding):
             return value.normal_(0, 1, generator=generator)
@@ -268,11 +269,11 @@ def initial_value(model: Transformer, name: str, shape: torch.Size, seed: int) -
     if "bias" in leaf:
         return value.zero_()
     std = config.init_std
-    if owner.endswith((".o_proj", ".down_proj")):
+    if output:
         std /= math.sqrt(2 * config.num_layers)
     if leaf == "A":
         std = 1 / math.sqrt(shape[1])
-    elif leaf == "B":
+    elif leaf == "B" and not config.latent_norm:
         std *= math.sqrt(_fan_in(module, "A") / shape[1])
     return value.normal_(0, std, generator=generator)
 

@@ -21,7 +21,7 @@ GENERATED = (".venv/", "RUN/", "runs/", "prepared/", "pile/")  # not in the tree
 OUR_PACKAGES = ("data", "eval", "kernels", "model", "training")
 PROGRAMS = (
     "train.py", "data.prepare", "eval.perplexity", "eval.generate", "kernels.aot", "kernels.bench",
-    "training.suggest",
+    "training.suggest", "training.bench", "eval.harness",
 )  # fmt: skip
 
 each_page = pytest.mark.parametrize("page", sorted(PAGES))
@@ -233,7 +233,7 @@ def test_file_list_names_every_file_of_its_folders() -> None:
     there = {
         str(path.relative_to(ROOT))
         for folder in LISTED_FOLDERS
-        for suffix in ("py", "yaml", "md")
+        for suffix in ("py", "yaml", "md", "sh")
         for path in (ROOT / folder).rglob(f"*.{suffix}")
         if path.name != "__init__.py"
     }

@@ -14,7 +14,7 @@ import torch
 import yaml
 
 from data.errors import InputError
-from model.config import ModelConfig
+from model.config import ModelConfig, Ranks
 from model.execution import Execution, unfusible
 
 CONFIG_FOLDER = Path(__file__).resolve().parent.parent / "configs"
@@ -54,7 +54,8 @@ class TrainingConfig:
         warmup_steps: Steps of linear warm-up from 0.
         decay_steps: Last steps of "wsd" over which the rate decays.
         weight_decay: AdamW's decoupled decay of all parameters but those of no_decay.
-        no_decay: Parameters that do not decay, of "norms", "biases" and "embeddings".
+        no_decay: Parameters that do not decay, of "norms" (all parameters of norms), "biases" and
+            "embeddings" (of tokens and positions; a tied head is the embedding of the tokens).
         factor_decay: What decays of a low-dimensional projection: "separate" (A and B, each as any
             matrix) or "product" (the squared Frobenius norm of B·A; training/product_decay.py).
         lr_multiplier_A: Times the learning rate, for the factors A.
@@ -233,7 +234,27 @@ class RunConfig:
 
     def warnings(self) -> list[str]:
         """Settings that have no effect or a surprising one."""
-        return self.training.warnings() + self.execution.warnings()
+        found = self.model.warnings() + self.training.warnings() + self.execution.warnings()
+        return found + self._factor_warnings()
+
+    def _factor_warnings(self) -> list[str]:
+        training, found = self.training, []
+        if self.model.ranks == Ranks():
+            for name in ("factor_decay", "lr_multiplier_A", "lr_multiplier_B"):
+                if getattr(training, name) != getattr(TrainingConfig, name):
+                    found.append(
+                        f"training.{name} {getattr(training, name)} has no effect: no projection "
+                        "is low-dimensional (model.r)"
+                    )
+            return found
+        if training.factor_decay == "product" and training.weight_decay == 0:
+            found.append("training.factor_decay product has no effect: weight_decay is 0")
+        if training.factor_decay == "product" and self.model.latent_norm:
+            found.append(
+                "training.factor_decay product: with model.latent_norm the product B·A, which "
+                "decays, is not the matrix that a projection applies"
+            )
+        return found
 
     def to_yaml(self) -> str:
         """The resolved configuration, defaults included; --config reads it back to an equal one."""

@@ -14,7 +14,8 @@ from training import distributed, full_state
 from training.clock import StepClock
 from training.config import RunConfig
 from training.execution import apply_execution
-from training.optimizer import build_optimizer
+from training.optimizer import build_optimizer, set_learning_rate
+from training.product_decay import ProductDecay
 from training.schedule import learning_rate
 
 
@@ -70,11 +71,14 @@ class Engine:
             # A block's parameters are gathered together, by hooks on the block alone: the fused
             # attention reads those of modules that it does not call.
             deepspeed.utils.set_z3_leaf_modules(model, [Block])
+        adamw = build_optimizer(model, run.training)
         with redirect_stdout(io.StringIO()):  # BF16_Optimizer prints memory statistics, always
             self.deepspeed, self.optimizer, _, _ = deepspeed.initialize(
-                model=model, optimizer=build_optimizer(model, run.training), config=config
+                model=model, optimizer=adamw, config=config
             )
         self.model: Transformer = self.deepspeed.module
+        product = run.training.factor_decay == "product"
+        self.product_decay = ProductDecay(self, adamw) if product else None
         self.skipped_before = 0  # in the checkpoint that the run went on from
         self.skipped_on_device = torch.zeros((), device=device)
         self.in_a_row_on_host = 0
@@ -111,8 +115,9 @@ class Engine:
         any rank or the norm is not finite, the step is left out on every rank.
         """
         rate = learning_rate(self.run.training, step)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
+        set_learning_rate(self.optimizer, rate)
+        if self.product_decay is not None:
+            self.product_decay.arm(rate)
         losses = []
         norm: Any = None
         self.deepspeed.train()

@@ -49,15 +49,22 @@ def activation_bytes(
     - recompute_qkv leaves out that output too, q, k and v, and unfused the latents of attention;
     - recompute_ffn leaves out the output of the other norm and all of the network but gate and up
       (ReLU: the product before it, which is all there is) and the latents of fused projections;
-    - recompute_blocks keeps the block's input, d, alone.
-    Compiled blocks keep 3f of SwiGLU: Inductor rebuilds silu(gate).
+    - recompute_blocks keeps the block's input, d, alone, in each block that recompute_every takes.
+    Compiled blocks keep 3f of SwiGLU: Inductor rebuilds silu(gate). What qk_norm and latent_norm
+    add is in _inner_norms.
     """
     execution = execution or Execution()
     full = layer_bytes(model, element, autocast, Execution(), fused, compiled)
     kept = layer_bytes(model, element, autocast, execution, fused, compiled)
+    blocks = [
+        full if execution.recompute_blocks and not execution.recomputes(index) else kept
+        for index in range(model.num_layers)
+    ]
+    # Where the last block keeps everything, it is gone before another one is rebuilt.
+    rebuilt = full - blocks[-1]
     d = model.hidden_size
     final = d * (4 + element) if autocast else 2 * d * element
-    return tokens * (model.num_layers * kept + (full - kept) + final)
+    return tokens * (sum(blocks) + rebuilt + final)
 
 
 def layer_bytes(
@@ -68,7 +75,9 @@ def layer_bytes(
     fused: bool,
     compiled: bool = False,
 ) -> int:
-    """Bytes that one block keeps per token; see activation_bytes."""
+    """Bytes that one block keeps per token (with recompute_blocks one that is recomputed); see
+    activation_bytes.
+    """
     assert model.head_dim is not None
     assert model.num_kv_heads is not None
     d, f = model.hidden_size, model.intermediate_size
@@ -83,12 +92,12 @@ def layer_bytes(
     if not execution.recompute_qkv:
         # Autocast casts the norm's fp32 output once for each of the three projections.
         kept += [qkv, latents, 0 if fused else d * (3 if autocast and llama else 1)]
-    elif fused:
-        kept.append(latents)
+    elif fused:  # latent_norm leaves o to plain torch, whose latent is rebuilt
+        kept.append(latents - attention["o_proj"].latent_norm_size())
     if execution.recompute_ffn:
         kept.append((2 if llama else 1) * f)
-        if fused:
-            kept += [p.rank for p in network.values() if p.rank]
+        if fused and not model.latent_norm:
+            kept += [p.rank or 0 for name, p in network.items() if name != "down_proj"]
     else:
         kept.append(
             ((3 if compiled else 4) if llama else 1) * f
@@ -97,7 +106,26 @@ def layer_bytes(
         kept.append(d * (2 if autocast and llama else 1))
     statistics = 4 * model.num_heads + (4 if fused else 0)
     dropped = 2 * d if model.dropout else 0
-    return 2 * d * stream + sum(kept) * element + statistics + dropped
+    inner = _inner_norms(model, 4 if autocast else element, execution)
+    return 2 * d * stream + sum(kept) * element + statistics + dropped + inner
+
+
+def _inner_norms(model: ModelConfig, element: int, execution: Execution) -> int:
+    """Bytes per token that qk_norm and latent_norm add to a block: what enters them (fp32 under
+    autocast), and the rstd (fp32) of each head and latent; none where they are recomputed.
+    """
+    assert model.head_dim is not None
+    assert model.num_kv_heads is not None
+    kept = 0
+    if model.qk_norm and not execution.recompute_qkv:
+        kept += (model.num_heads + model.num_kv_heads) * (model.head_dim * element + 4)
+    for shapes, rebuilt in (
+        (model.attention_projections(), execution.recompute_qkv),
+        (model.feed_forward_projections(), execution.recompute_ffn),
+    ):
+        sizes = [p.latent_norm_size() for p in shapes.values() if p.latent_norm_size()]
+        kept += 0 if rebuilt else sum(size * element + 4 for size in sizes)
+    return kept
 
 
 def logits_bytes(

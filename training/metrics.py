@@ -59,8 +59,11 @@ class Metrics:
         if self.run_dir is None:
             return
         finite = {k: v if _is_finite(v) else None for k, v in values.items()}
-        self.file.write(json.dumps(finite, allow_nan=False) + "\n")
-        self.file.flush()
+        try:
+            self.file.write(json.dumps(finite, allow_nan=False) + "\n")
+            self.file.flush()
+        except OSError as error:  # a full disk, which a checkpoint in the background may have met
+            raise OSError(error.errno, error.strerror, self.file.name) from None
         for name, value in values.items():
             if isinstance(value, list):  # one number a rank
                 for rank, one in enumerate(value):

@@ -19,22 +19,23 @@ class StopSignal:
     """
 
     def __init__(self) -> None:
-        self.received: signal.Signals | None = None
+        self.received: set[int] = set()
         # A group on gloo, so that asking every rank each step does not wait for the GPU.
         self.group = dist.new_group(backend="gloo") if distributed.world_size() > 1 else None
         for number in STOPPING:
             signal.signal(number, self._remember)
 
     def _remember(self, number: int, _: FrameType | None) -> None:
-        if self.received is signal.SIGINT and number == signal.SIGINT:
+        # A launcher may send a SIGTERM of its own between the two.
+        if number == signal.SIGINT and number in self.received:
             raise KeyboardInterrupt
-        self.received = signal.Signals(number)
+        self.received.add(number)
 
     def over_ranks(self, *values: int) -> tuple[bool, list[int]]:
         """Whether any rank has been signalled, and the largest of each value over the ranks; every
         rank calls it after each step.
         """
-        mine = torch.tensor([int(self.received is not None), *values])
+        mine = torch.tensor([int(bool(self.received)), *values])
         if self.group is not None:
             dist.all_reduce(mine, op=dist.ReduceOp.MAX, group=self.group)
         signalled, *largest = mine.tolist()

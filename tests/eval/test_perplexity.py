@@ -1,6 +1,7 @@
 """Perplexity: the same at every micro-batch size and rank count, and equal to a naive count."""
 
 import copy
+import itertools
 import json
 import math
 import shutil
@@ -9,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -17,8 +19,8 @@ from hypothesis import strategies as st
 
 from data.errors import InputError
 from data.shards import PreparedData, TokenStream
-from eval import perplexity
-from eval.perplexity import Score, score, windows
+from eval import perplexity, wikitext
+from eval.scoring import Score, document_windows, score, windows
 from model import Transformer
 from tests.conftest import BIN, Runs, finish, free_port
 from training import checkpoint
@@ -37,6 +39,29 @@ def test_windows_score_every_target_once_with_enough_context(targets: int, seq_l
             assert first - start == seq_len - stride, "context before the first scored target"
         seen.extend(range(first, end))
     assert seen == list(range(targets))
+
+
+@given(st.lists(st.integers(1, 30), min_size=1), st.integers(1, 12), st.data())
+def test_document_windows_score_every_token_but_bos_within_its_document(
+    lengths: list[int], seq_len: int, data: Any
+):
+    stride = data.draw(st.integers(1, seq_len))
+    total = sum(lengths)
+    starts = np.cumsum([0, *lengths[:-1]])
+    scored = sum(lengths) - len(lengths)
+    limit = data.draw(st.integers(1, scored)) if scored else None
+    found = document_windows(starts, total, seq_len, stride, limit)
+    bos = set(starts.tolist())
+    document = np.repeat(np.arange(len(lengths)), lengths)
+    seen: list[int] = []
+    for start, first, end in found:
+        assert end - start <= seq_len
+        assert document[start] == document[end], "no token of another document is read"
+        seen.extend(range(first + 1, end + 1))
+    expected = [i for i in range(total) if i not in bos]
+    assert sorted(seen) == expected[:limit]
+    sizes = [one.end - one.start for one in found]
+    assert sizes == sorted(sizes, reverse=True)
 
 
 @pytest.fixture(scope="module")
@@ -63,12 +88,16 @@ def evaluate(model: Transformer, stream: TokenStream, token_bytes: Any, **option
 
 
 @torch.no_grad()
-def naive_nats(model: Transformer, tokens: torch.Tensor, seq_len: int, stride: int) -> float:
+def naive_nats(
+    model: Transformer, tokens: torch.Tensor, seq_len: int, stride: int, document: bool = False
+) -> float:
     """Each token predicted alone, in fp64, from the window that scores it."""
     exact = copy.deepcopy(model).double()
     total = 0.0
     for target in range(1, len(tokens)):
         start = max(0, math.ceil((target - seq_len) / stride) * stride)
+        if document:  # its last window reaches back
+            start = max(0, min(start, len(tokens) - 1 - seq_len))
         logits = exact(tokens[None, start:target])[0, -1]
         total -= float(F.log_softmax(logits.double(), dim=-1)[tokens[target]])
     return total
@@ -82,6 +111,51 @@ def test_score_is_that_of_a_naive_count(
     tokens = torch.from_numpy(stream.read(0, 300))
     assert found.tokens == 299
     assert found.nats == pytest.approx(naive_nats(model, tokens, 32, stride), rel=1e-6)
+
+
+@pytest.mark.parametrize("stride", [32, 8])
+def test_documents_alone_are_those_of_a_naive_count(
+    model: Transformer, prepared: Path, token_bytes: Any, stride: int
+):
+    texts = [
+        "One short text.",
+        "x",
+        "",
+        "Another text, longer than a window of tokens. " * 3,
+        "End",
+    ]
+    stream = TokenStream.from_documents(texts, PreparedData.open(prepared).tokenizer)
+    assert stream.documents == 4
+    found = evaluate(model, stream, token_bytes, stride=stride, per_document=True)
+    starts = [*stream.document_starts().tolist(), len(stream)]
+    expected = 0.0
+    for start, end in itertools.pairwise(starts):
+        tokens = torch.from_numpy(stream.read(start, end - start))
+        expected += naive_nats(model, tokens, 32, stride, document=True)
+    assert found.tokens == len(stream) - stream.documents
+    assert found.nats == pytest.approx(expected, rel=1e-6)
+    assert found.bytes == stream.text_bytes
+    few = evaluate(model, stream, token_bytes, per_document=True, micro_batch_size=1)
+    assert evaluate(model, stream, token_bytes, per_document=True).loss == pytest.approx(few.loss)
+
+
+@torch.no_grad()
+def test_loss_by_context_is_that_of_each_place(
+    model: Transformer, stream: TokenStream, token_bytes: Any
+):
+    found = evaluate(model, stream, token_bytes, max_tokens=320)
+    tokens = torch.from_numpy(stream.read(0, 321))
+    losses = model(
+        tokens[:-1].view(10, 32), tokens[1:].view(10, 32), reduction="none"
+    ).double()  # (10, 32)
+    table = {
+        (row["context_tokens_from"], row["context_tokens_to"]): row for row in found.context_table()
+    }
+    assert list(table) == [(1, 1), (2, 2), (3, 4), (5, 8), (9, 16), (17, 32)]
+    for (first, last), row in table.items():
+        part = losses[:, first - 1 : last]
+        assert row["loss_nats_per_token"] == pytest.approx(float(part.mean()), rel=1e-6)
+        assert row["tokens"] == part.numel()
 
 
 def test_same_at_every_micro_batch_size(model: Transformer, stream: TokenStream, token_bytes: Any):
@@ -153,10 +227,116 @@ def test_command_on_a_folder_a_step_and_a_file(
     assert found["words"] == len(text.split())
 
 
-def test_two_ranks_give_what_one_gives(
-    command: Callable[..., None], trained: Path, prepared: Path, tmp_path: Path, runs: Runs
+def test_several_data_sets_in_one_run(
+    command: Callable[..., None], trained: Path, prepared: Path, tmp_path: Path, capsys: Any
 ):
-    options = ["--checkpoint", str(trained), "--data", str(prepared), "--stride", "16"]
+    (tmp_path / "text.txt").write_text("Words of a text, and some more of them.")
+    data = [prepared, tmp_path / "text.txt"]
+    command("--checkpoint", trained, "--data", *data, "--output", tmp_path / "both.json")
+    printed = capsys.readouterr().out
+    both = json.loads((tmp_path / "both.json").read_text())
+    for one in data:
+        command("--checkpoint", trained, "--data", one, "--output", tmp_path / "one.json")
+        alone = json.loads((tmp_path / "one.json").read_text())
+        assert alone["results"][0] == next(r for r in both["results"] if r["data"] == str(one))
+        assert alone["loss_nats_per_token"] == alone["results"][0]["loss_nats_per_token"]
+        assert f"{alone['perplexity']:.3f}" in printed
+    assert "perplexity" not in both, "no number that could be taken for that of all"
+
+
+WIKITEXT = [
+    " \n",
+    " = A title = \n",
+    " \n",
+    ' The " first " well @-@ known one had 1 @,@ 500 ( or 0 @.@ 5 ) , did n\'t it ? \n',
+    " = = A section = = \n",
+    " Its <unk> ; the fox 's . \n",
+    " = Another = \n",
+    " Short . \n",
+]
+
+
+def test_wikitext_is_detokenised_and_counted_as_published():
+    first, second = wikitext.articles(WIKITEXT)
+    assert first.text == (
+        "= A title =\n\n"
+        'The "first" well-known one had 1,500 (or 0.5), didn\'t it?\n'
+        "= = A section = =\nIts <unk>; the fox's."
+    )
+    assert second.text == "= Another =\nShort."
+    counted = [sum(len(line.split()) + 1 for line in part) for part in (WIKITEXT[:6], WIKITEXT[6:])]
+    assert [first.words, second.words] == counted
+
+
+def test_wikitext_through_the_command(command: Callable[..., None], trained: Path, tmp_path: Path):
+    (tmp_path / "wiki.tokens").write_text("".join(WIKITEXT))
+    options = ["--checkpoint", trained, "--data", tmp_path / "wiki.tokens", "--wikitext"]
+    command(*options, "--output", tmp_path / "out.json")
+    found = json.loads((tmp_path / "out.json").read_text())
+    texts = [one.text for one in wikitext.articles(WIKITEXT)]
+    assert found["bytes"] == sum(len(text.encode()) for text in texts)
+    assert found["words"] == sum(one.words for one in wikitext.articles(WIKITEXT))
+
+
+@pytest.fixture(scope="module")
+def hugging_face(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tiny GPT-2 of transformers and a tokenizer trained on a sentence."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+    from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+
+    folder = tmp_path_factory.mktemp("gpt2")
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(special_tokens=["<e>"], initial_alphabet=alphabet)
+    tokenizer.train_from_iterator(["some words, some other words"], trainer)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<e>").save_pretrained(folder)
+    torch.manual_seed(0)
+    config = GPT2Config(
+        vocab_size=300, n_embd=16, n_layer=2, n_head=2, n_positions=24, bos_token_id=0
+    )
+    GPT2LMHeadModel(config).save_pretrained(folder)
+    return folder
+
+
+@torch.no_grad()
+def test_a_model_of_hugging_face(
+    command: Callable[..., None], hugging_face: Path, tmp_path: Path, prepared: Path
+):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    text = "some words, and others that it has not seen"
+    (tmp_path / "text.txt").write_text(text)
+    name = f"hf:{hugging_face}"
+    options = ["--checkpoint", name, "--seq_len", "16", "--stride", "4", "--micro_batch_size", "3"]
+    command(*options, "--data", tmp_path / "text.txt", "--output", tmp_path / "out.json")
+    found = json.loads((tmp_path / "out.json").read_text())
+    ids = [0, *AutoTokenizer.from_pretrained(hugging_face)(text)["input_ids"]]
+    model = AutoModelForCausalLM.from_pretrained(hugging_face, dtype=torch.float64)
+    expected = 0.0
+    for target in range(1, len(ids)):
+        start = max(0, math.ceil((target - 16) / 4) * 4)
+        logits = model(torch.tensor([ids[start:target]])).logits[0, -1]
+        expected -= float(F.log_softmax(logits, dim=-1)[ids[target]])
+    assert found["tokens"] == len(ids) - 1
+    assert found["loss_nats_per_token"] == pytest.approx(expected / (len(ids) - 1), rel=1e-6)
+    assert found["bytes"] == len(text.encode())
+    with pytest.raises(InputError, match=r"its tokenizer .* is not the one that hf:"):
+        command(*options, "--data", prepared)
+    with pytest.raises(InputError, match=r"hf:.*cannot be loaded"):
+        command("--checkpoint", f"hf:{tmp_path}", "--data", tmp_path / "text.txt")
+
+
+@pytest.mark.parametrize("mode", [["--stride", "16"], ["--per_document"]])
+def test_two_ranks_give_what_one_gives(
+    mode: list[str],
+    command: Callable[..., None],
+    trained: Path,
+    prepared: Path,
+    tmp_path: Path,
+    runs: Runs,
+):
+    options = ["--checkpoint", str(trained), "--data", str(prepared), *mode]
     command(*options, "--output", tmp_path / "one.json")
     launcher = [str(BIN / "torchrun"), "--nproc_per_node=2", f"--master_port={free_port()}"]
     output = str(tmp_path / "two.json")

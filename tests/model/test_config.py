@@ -141,6 +141,12 @@ VARIANTS = {
     "paper-1 lpa": {"family": "paper-1", "r": 8},
     "paper-1 all low": {"family": "paper-1", "r": Ranks(q=8, k=8, v=8, o=8, ffn=24)},
     "paper-1 without head bias": {"family": "paper-1", "lm_head_bias": False},
+    "qk norm": {"qk_norm": True, "num_kv_heads": 2},
+    "latent norm": {"r": 8, "latent_norm": True},
+    "latent norm, some dense": {"r": Ranks(q=2, v=6, ffn=24), "latent_norm": True},
+    "latent norm without latents": {"latent_norm": True},
+    "all aids": {"r": 8, "qk_norm": True, "latent_norm": True, "zero_init_outputs": True},
+    "paper-1 norms": {"family": "paper-1", "r": 8, "qk_norm": True, "latent_norm": True},
 }
 
 
@@ -148,6 +154,28 @@ VARIANTS = {
 def test_parameters_are_those_of_the_built_model(changes):
     config = small(**changes)
     assert sum(p.numel() for p in on_meta(config).parameters()) == config.num_parameters()
+
+
+@pytest.mark.parametrize(
+    ("changes", "more"),
+    [
+        ({"qk_norm": True}, 3 * 2 * 16),
+        ({"qk_norm": True, "num_kv_heads": 1, "head_dim": 20}, 3 * 2 * 20),
+        ({"latent_norm": True}, 0),
+        ({"latent_norm": True, "r": 8}, 3 * 4 * 8),
+        ({"latent_norm": True, "r": Ranks(q=2, o=5, ffn=24)}, 3 * (2 + 5 + 3 * 24)),
+        ({"latent_norm": True, "r": Ranks(k=2, ffn=24), "family": "paper-1"}, 3 * (2 + 2 * 24)),
+        ({"zero_init_outputs": True, "r": 8}, 0),
+    ],
+)
+def test_parameters_and_flops_of_the_aids(changes, more):
+    """Weights of head_dim for q and for k, or of r for each latent; norms are no matmul FLOPs."""
+    off = {"qk_norm": False, "latent_norm": False, "zero_init_outputs": False}
+    with_them, without = small(**changes), small(**(changes | off))
+    for embeddings in (True, False):
+        count = with_them.num_parameters(embeddings) - without.num_parameters(embeddings)
+        assert count == more
+    assert with_them.flops_per_token(32) == without.flops_per_token(32)
 
 
 # d 64, f 160, 3 layers, 4 heads of 16, vocabulary 1000, 32 tokens. Two FLOPs a multiply-add. Of the
@@ -236,6 +264,10 @@ def test_saving_of_low_dimensional_attention():
         ({"dropout": -0.1}, "model.dropout", "-0.1"),
         ({"tie_embeddings": True, "lm_head_bias": True}, "model.lm_head_bias", "tied"),
         ({"tie_embeddings": True, "family": "paper-1"}, "model.lm_head_bias", "tied"),
+        ({"zero_init_outputs": True, "family": "paper-1"}, "model.zero_init_outputs", "paper-1"),
+        ({"qk_norm": 1}, "model.qk_norm", "1"),
+        ({"latent_norm": "yes"}, "model.latent_norm", "yes"),
+        ({"zero_init_outputs": None}, "model.zero_init_outputs", "None"),
         *[
             ({name: value}, f"model.{name}", str(value))
             for name in (
@@ -327,6 +359,25 @@ def test_dense_ranks_leave_dense_weights():
         "q_proj.weight",
         "v_proj.weight",
     ]
+
+
+def test_a_latent_norm_without_latents_is_named():
+    assert small(latent_norm=True).warnings() == [
+        "model.latent_norm has no effect: no projection is low-dimensional (model.r)"
+    ]
+    for changes in ({}, {"r": 8}, {"latent_norm": True, "r": 8}, {"qk_norm": True}):
+        assert small(**changes).warnings() == []
+    assert small(latent_norm=True, r=Ranks(ffn=8)).warnings() == []
+
+
+def test_a_model_json_from_before_the_aids(tmp_path: Path):
+    path = write_json(
+        tmp_path, r=8, qk_norm="absent", latent_norm="absent", zero_init_outputs="absent"
+    )
+    assert 'norm"' not in path.read_text()
+    config = ModelConfig.from_json(path)
+    assert [config.qk_norm, config.latent_norm, config.zero_init_outputs] == [False] * 3
+    assert config == small(r=8)
 
 
 @pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS.keys())

@@ -35,13 +35,21 @@ FAMILIES = {
     "wide heads": {"r": 8, "head_dim": 16},
     "tied": {"r": 8, "tie_embeddings": True},
     "documents": {"r": 8, "document_start_id": 3},
+    "latent norm": {"r": 8, "num_kv_heads": 2, "latent_norm": True},
+    "latent norm, everything low": {"r": Ranks(8, 4, 12, 8, 16), "latent_norm": True},
 }
 every_family = pytest.mark.parametrize("changes", FAMILIES.values(), ids=FAMILIES)
+UNFUSED = {
+    "qk norm": {"qk_norm": True},
+    "both norms": {"r": 8, "num_kv_heads": 2, "qk_norm": True, "latent_norm": True},
+    "paper-1, both norms": {"family": "paper-1", "r": 8, "qk_norm": True, "latent_norm": True},
+}
 REBUILD = [
     {"recompute_qkv": True},
     {"recompute_ffn": True},
     {"recompute_qkv": True, "recompute_ffn": True},
     {"recompute_blocks": True},
+    {"recompute_blocks": True, "recompute_every": 2},
 ]
 
 
@@ -102,7 +110,8 @@ def test_the_fused_operators_run(changes):
     for name in expected:
         assert calls.count[f"lpa::{name}"] == calls.count[f"lpa::{name}_backward"] == 3
     ranks = ModelConfig(**(SHAPE | changes)).ranks
-    low_dim = 3 * ((ranks.o is not None) + 3 * (ranks.ffn is not None))
+    normed = changes.get("latent_norm", False)  # which stands between the operator's two products
+    low_dim = 0 if normed else 3 * ((ranks.o is not None) + 3 * (ranks.ffn is not None))
     assert calls.count["lpa::low_dim"] == calls.count["lpa::low_dim_backward"] == low_dim
 
 
@@ -119,8 +128,40 @@ def test_recomputation_changes_nothing(changes, rebuild, kernels):
     assert_same(build({"kernels": kernels, **rebuild}, **changes), build(**changes))
 
 
-@pytest.mark.parametrize("compile", ["on", "off"])
 @pytest.mark.parametrize("rebuild", REBUILD, ids=lambda r: "+".join(r))
+@pytest.mark.parametrize("changes", UNFUSED.values(), ids=UNFUSED)
+def test_recomputation_changes_nothing_unfused(changes, rebuild):
+    changes = {"dropout": 0.0, **changes}
+    assert_same(build(rebuild, **changes), build(**changes))
+
+
+@pytest.mark.parametrize(("every", "count"), [(1, 5), (2, 3), (3, 2), (4, 2), (5, 1), (9, 1)])
+def test_every_nth_block_is_recomputed(every, count):
+    """From the first on; the others run once."""
+    with Calls() as calls:
+        how = {"kernels": "triton", "recompute_blocks": True, "recompute_every": every}
+        loss_and_grads(build(how, r=8, num_layers=5))
+    assert calls.count["lpa::up_rotary"] == 5 + count
+    config = ModelConfig(**(SHAPE | {"num_layers": 5}))
+    line = planned(config, recompute_blocks=True, recompute_every=every).lines[-1]
+    assert line.endswith(f": whole blocks, {count} of 5" if every > 1 else ": whole blocks")
+
+
+def test_recompute_every_is_at_least_one():
+    for value in (0, -2):
+        with pytest.raises(ValueError, match=rf"execution\.recompute_every: {value}; .* least 1"):
+            Execution(recompute_every=value)
+
+
+def test_recompute_every_alone_has_no_effect():
+    (line,) = Execution(recompute_every=2).warnings()
+    assert line == "execution.recompute_every has no effect without recompute_blocks"
+    assert Execution(recompute_every=2, recompute_blocks=True).warnings() == []
+    assert Execution(recompute_every=1, recompute_qkv=True).warnings() == []
+
+
+@pytest.mark.parametrize("compile", ["on", "off"])
+@pytest.mark.parametrize("rebuild", REBUILD[:4], ids=lambda r: "+".join(r))
 def test_recomputation_uses_the_chosen_backend(rebuild, compile):
     """Though it runs in the backward pass, outside of the model's forward."""
     torch._dynamo.reset()
@@ -158,6 +199,19 @@ def test_what_is_recomputed(rebuild, again, kept):
         assert calls.count[name] == 3, name
 
 
+def test_recomputed_latents_are_normalised_again():
+    """recompute_qkv keeps them as norm_down made them."""
+    normed = {"r": 8, "latent_norm": True}
+    with Calls() as plain:
+        loss_and_grads(build({"kernels": "triton"}, **normed))
+    with Calls() as rebuilt:
+        loss_and_grads(build({"kernels": "triton", "recompute_qkv": True}, **normed))
+    assert rebuilt.count["lpa::norm_down"] == plain.count["lpa::norm_down"] == 3
+    assert rebuilt.count["lpa::up_rotary"] == 2 * plain.count["lpa::up_rotary"] == 6
+    # q, k, v and o of each of three layers; of o again for the gradient of its B
+    assert rebuilt.count["aten::rsqrt"] - plain.count["aten::rsqrt"] == 12
+
+
 def test_recompute_ffn_keeps_its_products():
     with Calls() as plain:
         loss_and_grads(build({"kernels": "triton"}, r=8))
@@ -191,6 +245,20 @@ def test_a_hook_sees_its_module_called(path, register):
     with Calls() as calls:
         loss_and_grads(model)
     assert calls.count["lpa::norm_down"] == 3
+
+
+@pytest.mark.parametrize("path", ["attention.q_proj.latent_norm", "attention.o_proj.latent_norm"])
+def test_a_hook_of_a_latent_norm_is_called_by_the_fused_layer(path):
+    models = [build(how, r=8, latent_norm=True) for how in ({"kernels": "triton"}, None)]
+    for model in models:
+        norm = model.layers[1].get_submodule(path)
+        norm.register_forward_hook(lambda _m, _i, out: 3 * out)
+    with Calls() as calls:
+        assert_same(*models)
+    assert calls.count["lpa::norm_down"] == 3
+    assert not torch.allclose(
+        loss_and_grads(models[0])[0], loss_and_grads(build(r=8, latent_norm=True))[0]
+    )
 
 
 @pytest.mark.parametrize("compile", ["on", "off"])
@@ -287,7 +355,7 @@ def test_a_replaced_projection_is_called():
 
 
 def graphs(execution: dict[str, Any], **changes: Any) -> tuple[Transformer, int]:
-    """A compiled model after a step, and how many graphs its blocks took."""
+    """A compiled model after a step, and how many graphs it took."""
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     model = build({"compile": "on", "loss": "whole", **execution}, **changes)
@@ -300,15 +368,43 @@ def graphs(execution: dict[str, Any], **changes: Any) -> tuple[Transformer, int]
 @pytest.mark.parametrize("rebuild", [{}, REBUILD[2], REBUILD[3]], ids=lambda r: "+".join(r))
 @pytest.mark.parametrize("family", ["lpa", "vanilla"])
 def test_compiled_blocks_are_one_graph(family, rebuild, kernels):
-    """fullgraph holds, all three layers share the graph, and the numbers are those of eager."""
+    """fullgraph holds, all three layers share the graph, the final norm has one of its own, and the
+    numbers are those of eager.
+    """
     model, count = graphs({"kernels": kernels, **rebuild}, **FAMILIES[family])
-    assert count == 1
+    assert count == 2
     assert_same(model, build(**FAMILIES[family]), atol=1e-11)
 
 
-def test_compiled_decoding_is_the_forward():
+@pytest.mark.parametrize("rebuild", [{}, REBUILD[2]], ids=lambda r: "+".join(r))
+@pytest.mark.parametrize(
+    ("kernels", "changes"),
+    [
+        ("triton", FAMILIES["latent norm"]),
+        ("reference", FAMILIES["latent norm, everything low"]),
+        ("reference", UNFUSED["qk norm"]),
+        ("reference", UNFUSED["both norms"]),
+    ],
+    ids=str,
+)
+def test_compiled_blocks_with_norms_are_one_graph(kernels, changes, rebuild):
+    model, count = graphs({"kernels": kernels, **rebuild}, **changes)
+    assert count == 2
+    assert_same(model, build(**changes), atol=1e-11)
+
+
+@pytest.mark.parametrize(
+    ("kernels", "norms"),
+    [
+        ("triton", {}),
+        ("triton", {"latent_norm": True}),
+        ("reference", {"latent_norm": True, "qk_norm": True}),
+    ],
+    ids=str,
+)
+def test_compiled_decoding_is_the_forward(kernels, norms):
     """Single tokens behind a filled cache: one more graph, whose position is symbolic."""
-    model, _ = graphs({"kernels": "triton"}, r=8, num_kv_heads=2)
+    model, _ = graphs({"kernels": kernels}, r=8, num_kv_heads=2, **norms)
     model.eval()
     cache, ids = KVCache(model.config, 2, 40, CPU, torch.float64), tokens(2, 20)
     with torch.no_grad():
@@ -319,7 +415,7 @@ def test_compiled_decoding_is_the_forward():
             if at == 9:
                 before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
         assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == before
-        whole = build(r=8, num_kv_heads=2).eval()(ids)
+        whole = build(r=8, num_kv_heads=2, **norms).eval()(ids)
     torch.testing.assert_close(torch.cat(parts, dim=1), whole, rtol=0, atol=1e-5)
 
 
@@ -339,15 +435,25 @@ def logits(model: Transformer, ids: Tensor, cache: KVCache | None = None) -> Ten
 DOCUMENTS = [torch.cat((torch.tensor([3]), 4 + tokens(n, seed=n) % 46)) for n in (7, 1, 12, 3)]
 
 
-@pytest.mark.parametrize("execution", [{}, {"kernels": "triton"}, {"attention": "flex"}], ids=str)
-def test_packed_documents_are_each_alone(execution):
-    model = build(execution, r=8, num_kv_heads=2, document_start_id=3)
+@pytest.mark.parametrize(
+    ("execution", "norms"),
+    [
+        ({}, {}),
+        ({"kernels": "triton"}, {}),
+        ({"attention": "flex"}, {}),
+        ({"kernels": "triton"}, {"latent_norm": True}),
+        ({"attention": "flex"}, {"latent_norm": True, "qk_norm": True}),
+    ],
+    ids=str,
+)
+def test_packed_documents_are_each_alone(execution, norms):
+    model = build(execution, r=8, num_kv_heads=2, document_start_id=3, **norms)
     packed = torch.stack((torch.cat(DOCUMENTS), torch.cat(DOCUMENTS[::-1])))
     alone = [logits(model, document[None])[0] for document in DOCUMENTS]
     expected = torch.stack((torch.cat(alone), torch.cat(alone[::-1])))
     # The rotary table is in float32: equal distances have angles that are equal to 1e-7 or so.
     torch.testing.assert_close(logits(model, packed), expected, rtol=0, atol=1e-5)
-    across = build(execution, r=8, num_kv_heads=2)
+    across = build(execution, r=8, num_kv_heads=2, **norms)
     assert (logits(across, packed) - expected).abs().max() > 1e-2
 
 
@@ -358,8 +464,9 @@ def test_text_before_the_first_document_is_one_of_its_own():
     torch.testing.assert_close(logits(model, packed), torch.cat(parts, 1), rtol=0, atol=1e-5)
 
 
-def test_documents_in_a_cache():
-    model, ids = build(r=8, document_start_id=3), torch.cat(DOCUMENTS)[None]
+@pytest.mark.parametrize("norms", [{}, {"latent_norm": True, "qk_norm": True}], ids=str)
+def test_documents_in_a_cache(norms):
+    model, ids = build(r=8, document_start_id=3, **norms), torch.cat(DOCUMENTS)[None]
     cache = KVCache(model.config, 1, 40, CPU, torch.float64)
     parts = [logits(model, chunk, cache) for chunk in ids.split((5, 9, 1, 1, 11), dim=1)]
     torch.testing.assert_close(torch.cat(parts, 1), logits(model, ids), rtol=0, atol=1e-11)
@@ -393,10 +500,10 @@ SIZES = {
 
 @pytest.mark.parametrize("architecture", configs.ARCHITECTURES)
 @pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("low", [True, False])
-def test_auto_uses_triton_at_the_sizes_of_the_table(gpu, architecture, size, low):
+@pytest.mark.parametrize("changes", [{}, {"r": None}, {"latent_norm": True}], ids=str)
+def test_auto_uses_triton_at_the_sizes_of_the_table(gpu, architecture, size, changes):
     gpu(architecture)
-    config = ModelConfig(**(SHAPE | SIZES[size] | ({} if low else {"r": None})))
+    config = ModelConfig(**(SHAPE | SIZES[size] | changes))
     result = planned(config, "cuda")
     assert result.fused
     assert result.compiled
@@ -415,6 +522,8 @@ def test_auto_uses_triton_at_the_sizes_of_the_table(gpu, architecture, size, low
         (90, {"r": Ranks(q=512, k=256, v=256)}, "hidden size 1024 with rank 512/256 and heads"),
         (90, {"family": "paper-1"}, "family paper-1 has no fused layer"),
         (90, {"dropout": 0.1}, "dropout stands between"),
+        (90, {"qk_norm": True}, "qk_norm stands between the projections of q and k and their rot"),
+        (90, {"qk_norm": True, "r": None}, "qk_norm stands between the projections"),
         (90, {"r": Ranks(q=256, v=256)}, "of q, k and v some are dense (k)"),
     ],
 )
@@ -447,6 +556,11 @@ def test_triton_names_what_falls_back():
     ("changes", "execution", "message"),
     [
         ({"family": "paper-1"}, {"kernels": "triton"}, r"execution\.kernels: triton, but family"),
+        (
+            {"qk_norm": True},
+            {"kernels": "triton"},
+            r"execution\.kernels: triton, but qk_norm stands",
+        ),
         ({}, {"attention": "cudnn"}, r"execution\.attention: cudnn needs a GPU; the device is cpu"),
         ({}, {"attention": "flash_attn"}, r"execution\.attention: flash_attn needs a GPU"),
         ({}, {"loss": "liger"}, r"execution\.loss: liger needs a GPU; the device is cpu"),

@@ -33,6 +33,9 @@ VARIANTS = {
     "paper-1": {"family": "paper-1"},
     "paper-1 lpa": {"family": "paper-1", "r": 12},
     "paper-1 all low": {"family": "paper-1", "r": Ranks(q=4, k=8, v=12, o=16, ffn=20)},
+    "norms": {"qk_norm": True, "latent_norm": True, "r": 12},
+    "paper-1 norms": {"family": "paper-1", "qk_norm": True, "latent_norm": True, "r": 12},
+    "zero": {"zero_init_outputs": True, "r": Ranks(q=4, k=8, v=12, o=16)},
 }
 variants = pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS.keys())
 inits = pytest.mark.parametrize("init", ["matched", "authors"])
@@ -126,6 +129,55 @@ def test_init_std_scales_weights_and_embeddings():
         other = large.get_parameter(name)
         fixed = name.endswith((".A", "norm.weight"))
         torch.testing.assert_close(parameter * (1 if fixed else 5), other)
+
+
+@pytest.mark.parametrize("rank", [6, 24, 96])
+@pytest.mark.parametrize("name", ATTENTION + FEED_FORWARD)
+def test_a_latent_norm_keeps_the_variance_of_the_output(name, rank):
+    """s² d_in for an input of unit scale, that of a dense weight; and for one of any other scale,
+    which the norm takes out. An output's error is that of ||B||², the latent's length being fixed.
+    """
+    ranks = Ranks(q=rank, k=rank, v=rank, o=rank, ffn=rank)
+    std = STD / math.sqrt(2 * LAYERS) if name in ("o_proj", "down_proj") else STD
+    for scale in (1.0, 30.0):
+        outputs = []
+        for layer in layers_named(initialised(r=ranks, latent_norm=True), name):
+            x = torch.randn(500, layer.d_in, generator=torch.Generator().manual_seed(5))
+            outputs.append(layer(scale * x))
+        expected = std**2 * layer.d_in
+        tolerance = 5 * math.sqrt(2 / (rank * layer.d_out * LAYERS) + 2 / (500 * rank))
+        assert mean_square(outputs) == pytest.approx(expected, rel=tolerance)
+
+
+@pytest.mark.parametrize("rank", [12, 48])
+def test_a_latent_norm_multiplies_the_authors_variance(rank):
+    """By 3 d_in/r for an input of unit scale."""
+    found = {}
+    x = torch.randn(500, 96, generator=torch.Generator().manual_seed(5))
+    for normed in (True, False):
+        model = initialised(init="authors", r=rank, latent_norm=normed)
+        found[normed] = mean_square([layer(x) for layer in layers_named(model, "q_proj")])
+    assert found[True] / found[False] == pytest.approx(3 * 96 / rank, rel=0.15)
+
+
+@inits
+@pytest.mark.parametrize("changes", [{}, {"r": Ranks(12, 12, 12, 12, 20)}, {"latent_norm": True}])
+def test_blocks_that_begin_as_the_identity(changes, init):
+    """The outputs are zero, all else is as without the switch, and every output's weight learns."""
+    changes = {"qk_norm": True, "init": init, **changes}
+    model, other = initialised(zero_init_outputs=True, **changes), initialised(**changes)
+    x = torch.randn(2, 9, 96)
+    for block in model.layers:
+        assert block(x, model._embed(torch.zeros(1, 9).long(), torch.arange(9))[1]).equal(x)
+    zero = [n for n, p in model.named_parameters() if p.count_nonzero() == 0]
+    leaf = "B" if "r" in changes else "weight"
+    outputs = ("attention.o_proj", "feed_forward.down_proj")
+    assert zero == [f"layers.{i}.{name}.{leaf}" for i in range(LAYERS) for name in outputs]
+    for name, parameter in model.named_parameters():
+        assert name in zero or parameter.equal(other.get_parameter(name)), name
+    ids = torch.arange(24).view(2, 12)
+    model(ids, ids + 1).backward()
+    assert all(model.get_parameter(name).grad.count_nonzero() for name in zero)
 
 
 @pytest.mark.parametrize("rank", [6, 24, 96])

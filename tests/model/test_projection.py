@@ -1,11 +1,14 @@
 """Dense and LowDim against matrices multiplied out."""
 
+import math
+
 import pytest
 import torch
+from torch import nn
 from torch.testing import assert_close
 
-from model.config import Shape
 from model.projection import Dense, LowDim, projection
+from model.shape import Shape
 
 
 def filled(shape: Shape, seed: int = 0) -> Dense | LowDim:
@@ -57,7 +60,10 @@ def test_low_dim_is_the_product_of_its_factors(bias, d_in, d_out, rank):
         (Shape(6, 10, 3, "none"), ["A", "B"]),
         (Shape(6, 10, 3, "latent"), ["A", "B", "bias_A"]),
         (Shape(6, 10, 3, "output"), ["A", "B", "bias_B"]),
+        (Shape(6, 10, 3, "none", 1e-6), ["A", "B", "latent_norm.weight"]),
+        (Shape(6, 10, 3, "latent", 1e-6), ["A", "B", "bias_A", "latent_norm.weight"]),
         (Shape(6, 10, None, "none"), ["weight"]),
+        (Shape(6, 10, None, "none", 1e-6), ["weight"]),
         (Shape(6, 10, None, "latent"), ["bias", "weight"]),
         (Shape(6, 10, None, "output"), ["bias", "weight"]),
     ],
@@ -81,6 +87,30 @@ def test_gradients_of_the_factors():
     grad = dense.weight.grad
     assert_close(low.B.grad, grad @ low.A.T, rtol=1e-12, atol=1e-10)
     assert_close(low.A.grad, low.B.T @ grad, rtol=1e-12, atol=1e-10)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("bias", ["none", "latent", "output"])
+@pytest.mark.parametrize(("d_in", "d_out", "rank"), [(6, 10, 3), (24, 6, 6), (7, 7, 1)])
+def test_a_latent_norm_is_torchs(bias, d_in, d_out, rank, fused):
+    """Outputs and gradients are those of torch's layers; the scale is √(d_in/r)."""
+    layer = filled(Shape(d_in, d_out, rank, bias, 1e-2))
+    layer.fused = fused
+    down, up = nn.Linear(d_in, rank).double(), nn.Linear(rank, d_out).double()
+    norm = nn.RMSNorm(rank, eps=1e-2).double()
+    values = (layer.A, layer.bias_A, layer.B, layer.bias_B, layer.latent_norm.weight)
+    theirs = (down.weight, down.bias, up.weight, up.bias, norm.weight)
+    with torch.no_grad():
+        for value, parameter in zip(values, theirs, strict=True):
+            parameter.zero_() if value is None else parameter.copy_(value)
+    x, other = rows(d_in).requires_grad_(), rows(d_in).requires_grad_()
+    y, expected = layer(x), up(math.sqrt(d_in / rank) * norm(down(other)))
+    assert_close(y, expected, rtol=1e-12, atol=1e-12)
+    y.pow(3).sum().backward(), expected.pow(3).sum().backward()
+    assert_close(x.grad, other.grad, rtol=1e-10, atol=1e-10)
+    for value, parameter in zip(values, theirs, strict=True):
+        if value is not None:
+            assert_close(value.grad, parameter.grad, rtol=1e-10, atol=1e-10)
 
 
 def test_low_dim_names_its_shape():

@@ -1,5 +1,5 @@
-"""The whole model against transformers' Llama, against the paper's setting 1 written out, and
-against itself: causal, batched, cached, cast.
+"""The whole model against transformers' Llama (and Qwen3, for qk_norm), against the paper's setting
+1 written out, and against itself: causal, batched, cached, cast.
 """
 
 import copy
@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.testing import assert_close
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from model import ModelConfig, Ranks, Transformer, init_weights
 from model.attention import KVCache
@@ -36,16 +36,27 @@ VARIANTS = {
     "tied lpa": {"tie_embeddings": True, "r": 5},
     "wide heads": {"head_dim": 12, "r": 5},
     "theta and eps": {"rope_theta": 100.0, "norm_eps": 0.1},
+    "qk norm": {"qk_norm": True},
+    "qk norm grouped lpa": {"qk_norm": True, "num_kv_heads": 2, "r": 5, "norm_eps": 0.1},
 }
 PAPER = {
     "vanilla": {},
     "lpa": {"r": 5},
     "all low": {"r": Ranks(q=3, k=4, v=5, o=6, ffn=9)},
     "without head bias": {"lm_head_bias": False},
+    "qk norm": {"qk_norm": True},
+    "both norms": {"qk_norm": True, "latent_norm": True, "r": Ranks(q=3, v=5, o=6, ffn=9)},
 }
-EVERY = {k: v for k, v in VARIANTS.items() if k in ("vanilla", "lpa", "grouped lpa", "tied")} | {
-    f"paper-1 {k}": {"family": "paper-1", **v} for k, v in PAPER.items()
+NORMED = {
+    "latent norm": {"latent_norm": True, "r": 5},
+    "both norms": {"latent_norm": True, "qk_norm": True, "num_kv_heads": 2, "r": 5},
 }
+OF_LLAMA = ("vanilla", "lpa", "grouped lpa", "tied", "qk norm")
+EVERY = (
+    {k: v for k, v in VARIANTS.items() if k in OF_LLAMA}
+    | NORMED
+    | {f"paper-1 {k}": {"family": "paper-1", **v} for k, v in PAPER.items()}
+)
 every = pytest.mark.parametrize("changes", EVERY.values(), ids=EVERY.keys())
 
 
@@ -111,13 +122,15 @@ class ExactRotary(nn.Module):
         return angles.cos().float().to(x.dtype), angles.sin().float().to(x.dtype)
 
 
-def llama(model: Transformer, exact: bool) -> LlamaForCausalLM:
-    """transformers' model with our weights. exact: with norms in float64 and a better rotary table,
-    because both of transformers' own are float32 whatever the dtype of the model.
+def llama(model: Transformer, exact: bool) -> LlamaForCausalLM | Qwen3ForCausalLM:
+    """transformers' model with our weights; Qwen3 is Llama with qk_norm. exact: with norms in
+    float64 and a better rotary table, because both of transformers' own are float32 whatever the
+    dtype of the model.
     """
     ours = model.config
-    theirs = LlamaForCausalLM(
-        LlamaConfig(
+    kind = (Qwen3ForCausalLM, Qwen3Config) if ours.qk_norm else (LlamaForCausalLM, LlamaConfig)
+    theirs = kind[0](
+        kind[1](
             vocab_size=ours.vocab_size,
             hidden_size=ours.hidden_size,
             intermediate_size=ours.intermediate_size,
@@ -143,6 +156,8 @@ def llama(model: Transformer, exact: bool) -> LlamaForCausalLM:
         state[prefix + "post_attention_layernorm.weight"] = block.feed_forward_norm.weight
         for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
             state[f"{prefix}self_attn.{name}.weight"] = dense_weight(getattr(block.attention, name))
+        for name in ("q_norm", "k_norm") if ours.qk_norm else ():
+            state[f"{prefix}self_attn.{name}.weight"] = getattr(block.attention, name).weight
         for name in ("gate_proj", "up_proj", "down_proj"):
             state[f"{prefix}mlp.{name}.weight"] = dense_weight(getattr(block.feed_forward, name))
     theirs.load_state_dict({k: v.detach().clone() for k, v in state.items()}, strict=True)
@@ -151,6 +166,8 @@ def llama(model: Transformer, exact: bool) -> LlamaForCausalLM:
         for layer in inner.layers:
             layer.input_layernorm = double_norm(layer.input_layernorm)
             layer.post_attention_layernorm = double_norm(layer.post_attention_layernorm)
+            for name in ("q_norm", "k_norm") if ours.qk_norm else ():
+                setattr(layer.self_attn, name, double_norm(getattr(layer.self_attn, name)))
         inner.norm = double_norm(inner.norm)
     return theirs
 
@@ -158,10 +175,12 @@ def llama(model: Transformer, exact: bool) -> LlamaForCausalLM:
 def double_norm(norm: nn.Module) -> nn.Module:
     class Norm(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
-            return x / (x.square().mean(-1, keepdim=True) + norm.variance_epsilon).sqrt() * weight
+            scale = (x.square().mean(-1, keepdim=True) + norm.variance_epsilon).sqrt()
+            return x / scale * self.weight
 
-    weight = norm.weight
-    return Norm()
+    exact = Norm()
+    exact.weight = norm.weight
+    return exact
 
 
 @pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS.keys())
@@ -208,7 +227,7 @@ def test_loss_is_that_of_llama(changes):
     assert_close(loss.double(), theirs.loss.double(), rtol=1e-6, atol=0)
 
 
-@pytest.mark.parametrize("changes", [{}, {"r": 5}, {"num_kv_heads": 2, "r": 5}])
+@pytest.mark.parametrize("changes", [{}, {"r": 5}, {"num_kv_heads": 2, "r": 5, "qk_norm": True}])
 def test_gradients_are_those_of_llama(changes):
     """Of a dense weight, and of factors by the chain rule. Backward enters through the float32 of
     the logits, hence 1e-6 and not 1e-11.
@@ -232,6 +251,9 @@ def test_gradients_are_those_of_llama(changes):
             else:
                 close(layer.B.grad, grad @ layer.A.T)
                 close(layer.A.grad, layer.B.T @ grad)
+        for name in ("q_norm", "k_norm") if model.config.qk_norm else ():
+            ours, oracle = getattr(block.attention, name), getattr(other.self_attn, name)
+            close(ours.weight.grad, oracle.weight.grad)
     close(model.token_embedding.weight.grad, theirs.model.embed_tokens.weight.grad)
 
 
@@ -243,7 +265,14 @@ def paper_projection(layer: nn.Module, x: Tensor) -> Tensor:
     if "weight" in state:
         return x @ state["weight"].T + state["bias"]
     y = x @ state["A"].T + state.get("bias_A", 0.0)
+    if "latent_norm.weight" in state:
+        scale = math.sqrt(x.size(-1) / y.size(-1))
+        y = scale * root_mean_square_norm(y, state["latent_norm.weight"])
     return y @ state["B"].T + state.get("bias_B", 0.0)
+
+
+def root_mean_square_norm(x: Tensor, weight: Tensor) -> Tensor:
+    return x / (x.square().mean(-1, keepdim=True) + 1e-3).sqrt() * weight
 
 
 def paper_norm(norm: nn.LayerNorm, x: Tensor, eps: float) -> Tensor:
@@ -263,6 +292,9 @@ def paper_forward(model: Transformer, ids: Tensor) -> Tensor:
             paper_projection(layer, x).reshape(B, T, H, D).transpose(1, 2)
             for layer in (attention.q_proj, attention.k_proj, attention.v_proj)
         )
+        if config.qk_norm:
+            q = root_mean_square_norm(q, attention.q_norm.weight)
+            k = root_mean_square_norm(k, attention.k_norm.weight)
         scores = q @ k.transpose(-1, -2) / math.sqrt(D)
         hidden = torch.tril(torch.ones(T, T)) == 0
         y = scores.masked_fill(hidden, -math.inf).softmax(-1) @ v

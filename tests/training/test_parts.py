@@ -1,4 +1,4 @@
-"""The small parts of the loop: peaks, parameter groups, batch arithmetic, what is reported."""
+"""The small parts of the loop: peaks, batch arithmetic, what is reported."""
 
 import json
 import logging
@@ -8,11 +8,9 @@ from pathlib import Path
 import pytest
 
 from data.errors import InputError
-from model import ModelConfig, Transformer
 from training.config import TrainingConfig
 from training.hardware import peak_flops
 from training.metrics import Metrics
-from training.optimizer import build_optimizer
 
 
 def settings(**changes: object) -> TrainingConfig:
@@ -41,28 +39,6 @@ def settings(**changes: object) -> TrainingConfig:
 )
 def test_peak_is_the_dense_bf16_one_of_the_device(name: str, peak: float | None):
     assert peak_flops(name) == peak
-
-
-def test_only_matrices_and_embeddings_decay():
-    model = Transformer(
-        ModelConfig(
-            family="paper-1",
-            vocab_size=50,
-            hidden_size=16,
-            intermediate_size=24,
-            num_layers=1,
-            num_heads=2,
-            r=4,
-        )
-    )
-    optimizer = build_optimizer(model, settings(weight_decay=0.3, beta1=0.8, eps=1e-5))
-    decay, rest = optimizer.param_groups
-    assert (decay["weight_decay"], rest["weight_decay"]) == (0.3, 0.0)
-    assert all(g["betas"] == (0.8, 0.95) and g["eps"] == 1e-5 for g in (decay, rest))
-    names = {id(p): name for name, p in model.named_parameters()}
-    not_decayed = {names[id(p)] for p in rest["params"]}
-    assert not_decayed == {n for n in names.values() if "norm" in n or "bias" in n}
-    assert len(decay["params"]) + len(rest["params"]) == len(names)
 
 
 @pytest.mark.parametrize(
