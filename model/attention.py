@@ -126,7 +126,7 @@ class Attention(nn.Module):
             *qkv, x = ops.norm_qkv(x, norm_weight.to(x.dtype), weights, eps, *rotary, self.head_dim)
             heads = (qkv[0], qkv[1], qkv[2])
         y = self._attend(*heads, mask, cache)
-        if isinstance(o, LowDim) and o.latent_norm is None:
+        if isinstance(o, LowDim):
             return ops.low_dim_linear(y, o.A, o.B, residual=x)
         return x + o(y)
 

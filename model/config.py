@@ -90,8 +90,9 @@ class ModelConfig:
         qk_norm: RMSNorm over each head's queries and keys before rotary positions, with one learned
             weight (head_dim,) for the queries of all heads and one for the keys (Henry et al. 2020,
             Dehghani et al. 2023).
-        latent_norm: RMSNorm of the latent A x of each low-dimensional projection, with a learned
-            weight (r,), times √(d_in/r): y = B (√(d_in/r) · RMSNorm(A x)).
+        latent_norm: RMSNorm of the latent A x of each low-dimensional projection that reads the
+            residual stream (not o_proj and down_proj), with a learned weight (r,), times √(d_in/r):
+            y = B (√(d_in/r) · RMSNorm(A x)).
         zero_init_outputs: o_proj and down_proj start at zero, so that each block starts as the
             identity (family llama). See init_weights.
         document_start_id: Attention stays within documents, each of which begins with this token
@@ -195,8 +196,9 @@ class ModelConfig:
 
     def warnings(self) -> list[str]:
         """Settings that have no effect."""
-        if self.latent_norm and self.ranks == Ranks():
-            return ["model.latent_norm has no effect: no projection is low-dimensional (model.r)"]
+        r = self.ranks
+        if self.latent_norm and (r.q, r.k, r.v, r.ffn) == (None,) * 4:
+            return ["model.latent_norm has no effect: none of q, k, v and ffn is low-dimensional"]
         return []
 
     @property
@@ -218,7 +220,7 @@ class ModelConfig:
             "q_proj": Shape(d, wide, r.q, into, eps),
             "k_proj": Shape(d, narrow, r.k, into, eps),
             "v_proj": Shape(d, narrow, r.v, into, eps),
-            "o_proj": Shape(wide, d, r.o, out, eps),
+            "o_proj": Shape(wide, d, r.o, out),
         }
 
     def feed_forward_projections(self) -> dict[str, Shape]:
@@ -227,12 +229,12 @@ class ModelConfig:
         if self.family == "paper-1":
             return {
                 "up_proj": Shape(d, f, r, "latent", eps),
-                "down_proj": Shape(f, d, r, "output", eps),
+                "down_proj": Shape(f, d, r, "output"),
             }
         return {
             "gate_proj": Shape(d, f, r, "none", eps),
             "up_proj": Shape(d, f, r, "none", eps),
-            "down_proj": Shape(f, d, r, "none", eps),
+            "down_proj": Shape(f, d, r, "none"),
         }
 
     def block_projections(self) -> dict[str, Shape]:

@@ -53,8 +53,9 @@ def configure(
 
 @functools.cache
 def _compiled(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """One compiled function for all modules of a class: they differ in their parameters alone, which
-    are inputs of the graph. Hooks of a module, such as those of ZeRO stage 3, stay outside of it.
+    """One compiled function for all modules of a class: they differ in their parameters alone,
+    which are inputs of the graph. Hooks of a module, such as those of ZeRO stage 3, stay outside of
+    it.
     """
     # Training, validation, other batches and decoding each need a graph; the default of 8 would be
     # an error under fullgraph.

@@ -235,9 +235,8 @@ def init_weights(model: Transformer, seed: int, gather: Gather = lambda _: nullc
 
     With latent_norm an entry of what enters B has the mean square d_in/r, whatever x, so the output
     has the variance r · s² · d_in/r = s² d_in: that of the dense weight, or of B·A, for an x of
-    unit scale. q, k, v, gate and up have such an x (family llama). The inputs of o_proj and
-    down_proj are smaller at the start, and the norm makes up for that, so their outputs begin
-    larger than without it (zero_init_outputs begins with none). Under "authors" the norm multiplies
+    unit scale: q, k, v, gate and up, which alone have the norm, have such an x (family llama).
+    Under "authors" the norm multiplies
     the variance of an output, for an x of unit scale, by 3 d_in/r.
 
     A tensor is drawn on the CPU from a generator seeded by (seed, name), so the values depend on
@@ -273,7 +272,7 @@ def initial_value(model: Transformer, name: str, shape: torch.Size, seed: int) -
         std /= math.sqrt(2 * config.num_layers)
     if leaf == "A":
         std = 1 / math.sqrt(shape[1])
-    elif leaf == "B" and not config.latent_norm:
+    elif leaf == "B" and module.latent_norm is None:
         std *= math.sqrt(_fan_in(module, "A") / shape[1])
     return value.normal_(0, std, generator=generator)
 

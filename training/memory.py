@@ -92,8 +92,8 @@ def layer_bytes(
     if not execution.recompute_qkv:
         # Autocast casts the norm's fp32 output once for each of the three projections.
         kept += [qkv, latents, 0 if fused else d * (3 if autocast and llama else 1)]
-    elif fused:  # latent_norm leaves o to plain torch, whose latent is rebuilt
-        kept.append(latents - attention["o_proj"].latent_norm_size())
+    elif fused:
+        kept.append(latents)
     if execution.recompute_ffn:
         kept.append((2 if llama else 1) * f)
         if fused and not model.latent_norm:

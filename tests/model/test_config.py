@@ -162,9 +162,9 @@ def test_parameters_are_those_of_the_built_model(changes):
         ({"qk_norm": True}, 3 * 2 * 16),
         ({"qk_norm": True, "num_kv_heads": 1, "head_dim": 20}, 3 * 2 * 20),
         ({"latent_norm": True}, 0),
-        ({"latent_norm": True, "r": 8}, 3 * 4 * 8),
-        ({"latent_norm": True, "r": Ranks(q=2, o=5, ffn=24)}, 3 * (2 + 5 + 3 * 24)),
-        ({"latent_norm": True, "r": Ranks(k=2, ffn=24), "family": "paper-1"}, 3 * (2 + 2 * 24)),
+        ({"latent_norm": True, "r": 8}, 3 * 3 * 8),
+        ({"latent_norm": True, "r": Ranks(q=2, o=5, ffn=24)}, 3 * (2 + 2 * 24)),
+        ({"latent_norm": True, "r": Ranks(k=2, ffn=24), "family": "paper-1"}, 3 * (2 + 24)),
         ({"zero_init_outputs": True, "r": 8}, 0),
     ],
 )
@@ -362,9 +362,10 @@ def test_dense_ranks_leave_dense_weights():
 
 
 def test_a_latent_norm_without_latents_is_named():
-    assert small(latent_norm=True).warnings() == [
-        "model.latent_norm has no effect: no projection is low-dimensional (model.r)"
-    ]
+    for ranks in (None, Ranks(o=8)):
+        assert small(latent_norm=True, r=ranks).warnings() == [
+            "model.latent_norm has no effect: none of q, k, v and ffn is low-dimensional"
+        ]
     for changes in ({}, {"r": 8}, {"latent_norm": True, "r": 8}, {"qk_norm": True}):
         assert small(**changes).warnings() == []
     assert small(latent_norm=True, r=Ranks(ffn=8)).warnings() == []

@@ -132,21 +132,29 @@ def test_init_std_scales_weights_and_embeddings():
 
 
 @pytest.mark.parametrize("rank", [6, 24, 96])
-@pytest.mark.parametrize("name", ATTENTION + FEED_FORWARD)
+@pytest.mark.parametrize("name", ["q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"])
 def test_a_latent_norm_keeps_the_variance_of_the_output(name, rank):
     """s² d_in for an input of unit scale, that of a dense weight; and for one of any other scale,
     which the norm takes out. An output's error is that of ||B||², the latent's length being fixed.
     """
     ranks = Ranks(q=rank, k=rank, v=rank, o=rank, ffn=rank)
-    std = STD / math.sqrt(2 * LAYERS) if name in ("o_proj", "down_proj") else STD
     for scale in (1.0, 30.0):
         outputs = []
         for layer in layers_named(initialised(r=ranks, latent_norm=True), name):
             x = torch.randn(500, layer.d_in, generator=torch.Generator().manual_seed(5))
             outputs.append(layer(scale * x))
-        expected = std**2 * layer.d_in
+        expected = STD**2 * layer.d_in
         tolerance = 5 * math.sqrt(2 / (rank * layer.d_out * LAYERS) + 2 / (500 * rank))
         assert mean_square(outputs) == pytest.approx(expected, rel=tolerance)
+
+
+def test_a_latent_norm_leaves_the_outputs_of_sub_layers_alone():
+    ranks = Ranks(12, 12, 12, 12, 20)
+    normed, plain = initialised(r=ranks, latent_norm=True), initialised(r=ranks)
+    for name in ("o_proj", "down_proj"):
+        x = torch.randn(7, layers_named(plain, name)[0].d_in)
+        for one, other in zip(layers_named(normed, name), layers_named(plain, name), strict=True):
+            assert torch.equal(one(x), other(x))
 
 
 @pytest.mark.parametrize("rank", [12, 48])

@@ -82,10 +82,10 @@ def inner_widths(config: ModelConfig, how: Execution) -> int:
     width = 0
     if not (how.recompute_qkv or how.recompute_blocks):
         width += config.qk_norm * (4 + config.num_kv_heads) * 32
-        ranks = (config.ranks.q, config.ranks.k, config.ranks.v, config.ranks.o)
+        ranks = (config.ranks.q, config.ranks.k, config.ranks.v)
         width += config.latent_norm * sum(rank or 0 for rank in ranks)
     if not (how.recompute_ffn or how.recompute_blocks):
-        matrices = 3 if config.family == "llama" else 2
+        matrices = 2 if config.family == "llama" else 1
         width += config.latent_norm * matrices * (config.ranks.ffn or 0)
     return width
 
