@@ -5,7 +5,7 @@ torchrun, and as plain `python train.py` with one process. docs/training.md desc
 """
 
 import json
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -32,8 +32,6 @@ from training.report import run_values, step_values, summary_line
 from training.saving import Saver, Written
 from training.schedule import learning_rate
 from training.signals import StopSignal
-
-STOPPED_EARLY = 75  # EX_TEMPFAIL: a signal came, a checkpoint is saved, start again to go on
 
 
 @dataclass
@@ -233,6 +231,9 @@ def train(job: Job, stop: StopSignal, profiler: Profiler) -> None:
             job.saver.failed(), engine.skipped_in_a_row()
         )
         stopping = signalled and not last
+        if stopping:  # at once: a validation may take longer than a launcher waits
+            with clock.paused():
+                save(job, done)
         due = training.validate_every and (done % training.validate_every == 0 or last)
         if done % training.log_every == 0 or due or last or done == 1:
             values = step_values(job.run, engine, clock, done, losses, norm)
@@ -242,7 +243,8 @@ def train(job: Job, stop: StopSignal, profiler: Profiler) -> None:
             job.metrics.record(values)
         elif clock.just_warm:
             clock.window()
-        trace = profiler.after(done, last or stopping)
+        with clock.paused():
+            trace = profiler.after(done, last or stopping)
         if trace is not None:
             job.metrics.say(f"profile: {trace}")
         if save_failed:
@@ -251,7 +253,7 @@ def train(job: Job, stop: StopSignal, profiler: Profiler) -> None:
             rate = learning_rate(training, step)
             raise guard.stop(done, skipped, rate, job.loader, job.folder)
         every = training.checkpoint_every
-        if last or stopping or (every and done % every == 0):
+        if not stopping and (last or (every and done % every == 0)):
             with clock.paused():
                 save(job, done)
         say_saved(job)
@@ -328,9 +330,11 @@ def run_job(job: Job, profiled: tuple[int, int] | None) -> int:
         if completed:
             evaluate_final(job)
     except BaseException as error:
-        status("failed", job.step, str(error) or type(error).__name__)
         if isinstance(error, Exception):  # a second Ctrl-C waits for nothing
             job.saver.wait()
+        with suppress(OSError):  # a full disk must not hide the error itself
+            status("failed", job.step, str(error) or type(error).__name__)
+            job.metrics.close()
         raise
     status("completed" if completed else "preempted", job.step)
     job.metrics.say(
@@ -340,7 +344,7 @@ def run_job(job: Job, profiled: tuple[int, int] | None) -> int:
     )
     job.metrics.close()
     distributed.barrier()
-    return 0 if completed else STOPPED_EARLY
+    return 0 if completed else distributed.STOPPED_EARLY
 
 
 def _ignore(*_: Any) -> None:

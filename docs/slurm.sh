@@ -27,6 +27,9 @@ MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 MASTER_PORT=$((20000 + SLURM_JOB_ID % 10000))
 export MASTER_ADDR MASTER_PORT
 
+started=$(mktemp)
+trap 'rm -f "$started"' EXIT
+
 # A task is a rank. `exec` makes it the process that Slurm signals.
 # shellcheck disable=SC2016  # the variables are those of the task
 srun --kill-on-bad-exit=1 --wait=180 bash -c '
@@ -36,8 +39,11 @@ srun --kill-on-bad-exit=1 --wait=180 bash -c '
 ' rank --config "$config" --training.run_dir "$run_dir" "$@"
 code=$?
 
-# 75: stopped by a signal, a checkpoint is saved. Anything else would only fail once more.
-if [ $code -eq 75 ] && grep -q '"state": "preempted"' "$run_dir/status.json"; then
+# Stopped by a signal, a checkpoint is saved: the ranks leave with code 75. srun may report the
+# signal with which it ended the last of them, so the file that this start wrote is asked. Anything
+# else would only fail once more.
+if [ $code -ne 0 ] && [ $code -ne 2 ] && [ "$run_dir/status.json" -nt "$started" ] &&
+    grep -q '"state": "preempted"' "$run_dir/status.json"; then
     echo "preempted: $SLURM_JOB_ID goes back into the queue"
     scontrol requeue "$SLURM_JOB_ID"
 fi

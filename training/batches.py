@@ -46,8 +46,7 @@ class Batches:
         tokens = torch.from_numpy(self.loader.batch(position, count))
         if int(tokens.max()) >= self.vocab_size:  # on the GPU it would be an assertion
             raise InputError(
-                f"training data: holds token id {int(tokens.max())}; model.vocab_size is "
-                f"{self.vocab_size}"
+                f"holds token id {int(tokens.max())}; model.vocab_size is {self.vocab_size}"
             )
         # Only from pinned memory is the copy to a GPU one that nobody waits for.
         return tokens.pin_memory() if self.device.type == "cuda" else tokens
@@ -56,7 +55,12 @@ class Batches:
         """The next micro-batch, int64 (count, seq_len + 1) on the device."""
         assert self.ahead is not None, "no step is left"
         with clock.phase("data"):
-            tokens = self.ahead.result()
+            try:
+                tokens = self.ahead.result()
+            except (InputError, OSError) as error:
+                found = InputError(f"training data: {error}")
+                found.any_rank = True  # only this rank read it
+                raise found from error
         self.ahead = self._read_next()
         return tokens.to(self.device, non_blocking=True)
 

@@ -11,6 +11,7 @@ Nothing in it depends on the number of ranks or the ZeRO stage, and nothing is a
 """
 
 import dataclasses
+import hashlib
 import json
 import shutil
 from collections.abc import Iterable, Iterator
@@ -28,8 +29,9 @@ from data.tokenizer import Tokenizer
 from model import ModelConfig, Transformer
 from training import distributed, full_state
 from training.engine import Engine
+from training.run_dir import write_json
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 # What a run may change when it goes on: the same state, computed in another way.
 MAY_CHANGE = ("world_size", "zero_stage", "precision")
 
@@ -95,14 +97,31 @@ def resolve(path: Path) -> Path:
     return folder
 
 
+def write_state(folder: Path, state: dict[str, Any]) -> None:
+    """Writes checkpoint.json, with the sha256 sum of what it says."""
+    write_json(folder / "checkpoint.json", {**state, "sha256": _sum(state)})
+
+
+def _sum(state: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
+
+
 def read_state(folder: Path) -> dict[str, Any]:
-    """checkpoint.json, once every file is there with its size; DamagedError where one is not."""
+    """checkpoint.json, once it is what was written and every file is there with its size;
+    DamagedError where that is not so.
+    """
     try:
         state: dict[str, Any] = json.loads((folder / "checkpoint.json").read_text())
-        files = state["files"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        expected = state.pop("sha256", None)
+    except (OSError, ValueError, AttributeError, TypeError) as error:
         raise DamagedError(f"{folder / 'checkpoint.json'}: unreadable ({error})") from None
-    for name, written in files.items():
+    unsummed = expected is None and state.get("format_version") in (1, 2)
+    if expected != _sum(state) and not unsummed:
+        raise DamagedError(
+            f"{folder / 'checkpoint.json'}: is not what was written; the checkpoint is damaged, "
+            "use another"
+        )
+    for name, written in state["files"].items():
         found = (folder / name).stat().st_size if (folder / name).exists() else None
         if found != written["bytes"]:
             size = f"has {found} bytes, {written['bytes']} were written"

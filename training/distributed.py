@@ -12,7 +12,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from data.errors import USER_ERROR, InputError
+from data.errors import InputError
+
+STOPPED_EARLY = 75  # EX_TEMPFAIL: a signal came, a checkpoint is saved, start again to go on
 
 
 def init_distributed() -> torch.device:
@@ -24,10 +26,12 @@ def init_distributed() -> torch.device:
     cuda = torch.cuda.is_available()
     if cuda:
         if local_rank() >= torch.cuda.device_count():
-            raise InputError(
+            error = InputError(
                 f"rank {rank()} wants GPU {local_rank()} of this machine, which has "
                 f"{torch.cuda.device_count()}; start at most one rank a GPU"
             )
+            error.any_rank = True
+            raise error
         torch.cuda.set_device(local_rank())
     else:
         torch.set_num_threads(max(1, _cpu_cores() // int(os.environ["LOCAL_WORLD_SIZE"])))
@@ -130,15 +134,15 @@ def from_rank_0(value: Any) -> Any:
 def leave(code: int) -> NoReturn:
     """Ends the process; on success every rank must have passed its last collective.
 
-    With gloo the interpreter is not finalised: torch 2.13's worker threads race with that and abort
-    about one run in twenty, after its work is done. After a failure other ranks may be waiting in a
-    collective that this one will never enter, so nothing is torn down either: the launcher ends
-    them.
+    Where there is a gloo group (with NCCL, that of training/signals.py) the interpreter is not
+    finalised: torch 2.13's worker threads race with that and abort about one run in twenty, after
+    its work is done. After a failure other ranks may be waiting in a collective that this one will
+    never enter, so nothing is torn down either: the launcher ends them.
     """
     sys.stdout.flush()
     sys.stderr.flush()
     if dist.is_initialized():
-        if dist.get_backend() == "gloo" or code == USER_ERROR:
-            os._exit(code)
-        dist.destroy_process_group()
+        if dist.get_backend() == "nccl" and code in (0, STOPPED_EARLY):
+            dist.destroy_process_group()
+        os._exit(code)
     sys.exit(code)

@@ -29,7 +29,8 @@ def deepspeed_config(run: RunConfig, world_size: int) -> dict[str, Any]:
     return {
         "train_micro_batch_size_per_gpu": training.global_batch_size // accumulation // world_size,
         "gradient_accumulation_steps": accumulation,
-        "gradient_clipping": training.gradient_clipping,
+        # At stage 0 DeepSpeed computes the norm once more, and waits for the GPU: train_step clips.
+        "gradient_clipping": training.gradient_clipping if ds.zero_stage else 0.0,
         "zero_optimization": {
             "stage": ds.zero_stage,
             "overlap_comm": ds.overlap_comm,
@@ -47,6 +48,8 @@ def deepspeed_config(run: RunConfig, world_size: int) -> dict[str, Any]:
         "zero_force_ds_cpu_optimizer": False,  # offloaded states are torch's AdamW's too
         "steps_per_print": 2**62,
         "wall_clock_breakdown": False,
+        # On by default, and it waits for the GPU in every forward pass and step.
+        "timers": {"throughput": {"enabled": False, "synchronized": False}},
     }
 
 
@@ -134,9 +137,7 @@ class Engine:
                     self.run.deepspeed.zero_stage == 0
                     and self.deepspeed.is_gradient_accumulation_boundary()
                 ):
-                    # Stage 0 clips but does not keep the norm; gradients are averaged by now.
-                    grads = [p.grad for p in self.model.parameters() if p.grad is not None]
-                    norm = torch.nn.utils.get_total_norm(grads)
+                    norm = self._clip()
                     self._skip_unless_finite(norm)
                 self.deepspeed.step()
         if norm is None:
@@ -144,6 +145,17 @@ class Engine:
             left_out = not self.deepspeed.was_step_applied()
             self.in_a_row_on_host = (self.in_a_row_on_host + 1) * left_out
         return torch.stack(losses), norm
+
+    def _clip(self) -> Tensor:
+        """Clips the gradients at stage 0, on the device; their norm before. They are averaged over
+        the ranks by now.
+        """
+        parameters = [p for p in self.model.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])  # type: ignore[misc]
+        limit = self.run.training.gradient_clipping
+        if limit:
+            torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm)
+        return norm
 
     def _skip_unless_finite(self, norm: Tensor) -> None:
         """At stage 0 makes AdamW leave out this step where the norm is not finite; ZeRO does so

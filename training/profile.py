@@ -15,7 +15,7 @@ def parse_steps(text: str, max_steps: int) -> tuple[int, int]:
     first, last = (int(found[1]), int(found[2] or found[1])) if found else (0, 0)
     if not 1 <= first <= last <= max_steps:
         raise InputError(
-            f"--profile: {text!r}; allowed are a step or two, such as 20-22, from 1 to "
+            f"--profile: {text!r}; allowed is a step or a range such as 20-22, from 1 to "
             f"training.max_steps {max_steps}"
         )
     return first, last

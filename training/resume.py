@@ -1,5 +1,6 @@
 """Where a run begins: new weights, its own newest whole checkpoint, or another run's."""
 
+import itertools
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -72,7 +73,9 @@ def _newest_whole(own: list[Path], run: RunConfig, expected: dict[str, Any]) -> 
             notes.append(f"warning: {error}")
             continue
         for found in damaged:  # aside, so that it is neither counted nor taken again
-            found.rename(found.with_name(found.name + ".damaged"))
+            numbers = itertools.chain([""], itertools.count(2))
+            names = (f"{found.name}.damaged{number}" for number in numbers)
+            found.rename(next(p for p in map(found.with_name, names) if not p.exists()))
         return start
     raise InputError(
         f"{own[0].parent}: every checkpoint is damaged ({notes[0].removeprefix('warning: ')}); "

@@ -22,7 +22,6 @@ from data.tokenizer import Tokenizer
 from model import ModelConfig
 from training import checkpoint, distributed, full_state
 from training.engine import Engine
-from training.run_dir import write_json
 
 Tensors = dict[str, dict[str, Tensor]]  # kind -> name -> whole tensor
 
@@ -82,6 +81,7 @@ class Saver:
             if first:
                 shutil.rmtree(aside, ignore_errors=True)
                 aside.mkdir(parents=True)
+                _flush_to_disk(self.run_dir)  # the name of checkpoints/, the first time
                 _require_space(self.engine.run.model, aside)
         tensors: Tensors = {kind: {} for kind in full_state.KINDS}
         for kind, name, value in full_state.gather(self.engine):
@@ -188,9 +188,8 @@ def _write_files(
         size = path.stat().st_size
         listed[path.name] = {"bytes": size, "sha256": sha256_file(path)}
         total += size
-    write_json(
-        aside / "checkpoint.json",
-        {"format_version": checkpoint.FORMAT_VERSION, **state, "files": listed},
+    checkpoint.write_state(
+        aside, {"format_version": checkpoint.FORMAT_VERSION, **state, "files": listed}
     )
     _flush_to_disk(aside / "checkpoint.json")
     _flush_to_disk(aside)  # the folder: its names

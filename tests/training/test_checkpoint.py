@@ -18,7 +18,7 @@ def folder(run_dir: Path, name: str, whole: bool = True) -> Path:
     made = run_dir / "checkpoints" / name
     made.mkdir(parents=True)
     if whole:
-        (made / "checkpoint.json").write_text('{"files": {}}')
+        checkpoint.write_state(made, {"files": {}})
     return made
 
 
@@ -93,7 +93,7 @@ def test_loaded_model_is_the_one_written(tied: bool, tmp_path: Path):
         path.name: {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
         for path in tmp_path.iterdir()
     }
-    (tmp_path / "checkpoint.json").write_text(json.dumps({"files": files}))
+    checkpoint.write_state(tmp_path, {"files": files})
     loaded = checkpoint.load_model(tmp_path, torch.device("cpu"), torch.float32)
     ids = torch.arange(10)[None]
     assert torch.equal(loaded(ids), model.eval()(ids))
@@ -111,7 +111,7 @@ def test_weights_that_do_not_fit_are_refused(trained: Path, tmp_path: Path):
     state = checkpoint.read_state(checkpoint.resolve(trained))
     size = (step / "model.json").stat().st_size
     state["files"]["model.json"] = {"bytes": size, "sha256": sha256_file(step / "model.json")}
-    (step / "checkpoint.json").write_text(json.dumps(state))
+    checkpoint.write_state(step, state)
     with pytest.raises(InputError, match=r"do not fit model\.json"):
         checkpoint.load_model(step, torch.device("cpu"), torch.float32)
 

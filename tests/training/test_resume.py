@@ -103,9 +103,41 @@ def test_what_changed_is_said_and_what_must_not_is_refused(run: RunConfig):
 
 def test_an_older_format_is_refused_by_its_number(run: RunConfig):
     path = folder(run, "step-00000006") / "checkpoint.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"format_version": 1}))
-    with pytest.raises(InputError, match="format_version 1; this code resumes from 2"):
+    state = json.loads(path.read_text()) | {"format_version": 2}
+    del state["sha256"]
+    path.write_text(json.dumps(state))
+    with pytest.raises(InputError, match="format_version 2; this code resumes from 3"):
         choose(run)
+
+
+def test_no_flipped_bit_of_the_description_goes_unseen(run: RunConfig):
+    path = folder(run, "step-00000006") / "checkpoint.json"
+    whole = path.read_bytes()
+    for place in range(0, len(whole), 7):
+        damaged = bytearray(whole)
+        damaged[place] ^= 1 << place % 7
+        path.write_bytes(bytes(damaged))
+        try:
+            found = json.loads(bytes(damaged))
+        except ValueError:
+            found = None
+        if found == json.loads(whole):  # white space
+            continue
+        with pytest.raises(checkpoint.DamagedError, match=r"checkpoint\.json"):
+            checkpoint.read_state(path.parent)
+    path.write_bytes(whole)
+    assert choose(run).step == 6
+
+
+def test_a_step_that_is_damaged_twice_is_put_aside_twice(run: RunConfig):
+    newest = folder(run, "step-00000006")
+    kept = newest.with_name("copy")
+    shutil.copytree(newest, kept)
+    for name in ("step-00000006.damaged", "step-00000006.damaged2"):
+        (newest / "model.safetensors").unlink()
+        assert choose(run).step == 3
+        assert (newest.parent / name).is_dir()
+        shutil.copytree(kept, newest)
 
 
 def test_never_and_new_folders(run: RunConfig, tmp_path: Path):

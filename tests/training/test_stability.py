@@ -61,5 +61,5 @@ def test_what_has_no_effect_is_named(runs: Runs):
     )
     runs.train(config)
     log = (runs.folder / "run/log.txt").read_text()
-    assert "warning: model.latent_norm has no effect: no projection is low-dimensional" in log
+    assert "warning: model.latent_norm has no effect: none of q, k, v and ffn is low" in log
     assert "warning: execution.recompute_every has no effect without recompute_blocks" in log
