@@ -42,6 +42,7 @@ def main(config: str, output: str) -> None:
     init_weights(model, training.seed)
     optimizer = build_optimizer(model, training)
     settings = deepspeed_config(run, world_size=1)
+    settings["gradient_clipping"] = training.gradient_clipping  # at stage 0 train.py clips itself
     engine = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)[0]
     stream = PreparedData.open(run.data.path).split("train")
     loader = WindowLoader(stream, training.seq_len, training.seed)
