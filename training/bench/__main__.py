@@ -53,15 +53,16 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--output", help="write the result to this JSON file")
     parser.add_argument("--quick", action="store_true", help="tiny shapes, to test the programs")
-    parser.add_argument("--input", help="page: the JSON file of a result")
+    parser.add_argument("--input", nargs="+", help="page: JSON files of results")
     parser.add_argument("--page", help="page: the Markdown file to put its tables into")
     options = parser.parse_args(argv)
     for name in ("input", "page"):
         given = getattr(options, name)
         if (options.benchmark == "page") != (given is not None):
             raise InputError(f"--{name}: `page` needs it, and no other benchmark takes it")
-        if given is not None and not Path(given).is_file():
-            raise InputError(f"--{name} {given}: no such file")
+        for file in [given] if isinstance(given, str) else given or []:
+            if not Path(file).is_file():
+                raise InputError(f"--{name} {file}: no such file")
     require_folder_of(options.output)
     return options
 
@@ -118,7 +119,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     # As train.py has it on a CPU (training/distributed.py); MKL reads it at its first call.
     os.environ.setdefault("MKL_CBWR", "AUTO")
     if options.benchmark == "page":
-        page.update(Path(options.page), json.loads(Path(options.input).read_text()))
+        results = [json.loads(Path(file).read_text()) for file in options.input]
+        page.update(Path(options.page), results)
         return 0
     # What was started is ended with this process.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))

@@ -108,11 +108,14 @@ def markdown(result: Row) -> str:
     return "\n\n".join([where(result), *sections])
 
 
-def update(page: Path, result: Row) -> None:
-    """Replaces what stands between the marks of a page. InputError where it has none."""
+def update(page: Path, results: list[Row]) -> None:
+    """Replaces what stands between the marks of a page by the tables of results, each after what it
+    was measured on. InputError where the page has no marks.
+    """
     text = page.read_text(encoding="utf-8")
     before, begin, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not begin or not end:
         raise InputError(f"{page}: has no lines {BEGIN} and {END} to put the results between")
-    page.write_text(f"{before}{BEGIN}\n\n{markdown(result)}\n\n{END}{after}", encoding="utf-8")
+    tables = "\n\n".join(markdown(result) for result in results)
+    page.write_text(f"{before}{BEGIN}\n\n{tables}\n\n{END}{after}", encoding="utf-8")
