@@ -243,10 +243,9 @@ def train(job: Job, stop: StopSignal, profiler: Profiler) -> None:
             job.metrics.record(values)
         elif clock.just_warm:
             clock.window()
-        with clock.paused():
-            trace = profiler.after(done, last or stopping)
-        if trace is not None:
-            job.metrics.say(f"profile: {trace}")
+        if profiler.ends(done, last or stopping):
+            with clock.paused():
+                job.metrics.say(f"profile: {profiler.write()}")
         if save_failed:
             job.saver.finish()  # raises on every rank
         if training.max_skipped_steps is not None and skipped >= training.max_skipped_steps:

@@ -38,7 +38,7 @@ class PerplexityConfig:
             name or folder of a causal language model of Hugging Face.
         data: Prepared folders, or files that data.prepare reads (text, JSONL, Parquet).
         split: The split of prepared folders.
-        seq_len: Tokens of a window; null: as in training.
+        seq_len: Tokens of a window; null: as in training (hf: models: 1024, or their maximum).
         stride: Tokens scored by each window after the first; null: seq_len. Smaller strides give
             each token more context, at the cost of seq_len / stride times the work.
         per_document: Score each document alone: no other is context for it, no BOS is predicted.
@@ -83,6 +83,8 @@ def load_stream(
     """The tokens to score. InputError where a prepared folder has another tokenizer."""
     path = Path(data)
     if any((path / name).exists() for name in (MANIFEST, PROGRESS)):
+        if config.wikitext:
+            raise InputError(f"--wikitext: {path} is a prepared folder; give a file of WikiText's")
         prepared = PreparedData.open(path)
         if prepared.tokenizer.sha256 != tokenizer_sha256:
             theirs = tokenizer_sha256 or "a tokenizer of Hugging Face"

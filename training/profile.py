@@ -47,10 +47,15 @@ class Profiler:
             self.active.start()
         return self.active is not None
 
-    def after(self, step: int, stopping: bool) -> Path | None:
-        """Called after each step; the file, once it is written. stopping: no step follows."""
-        if self.active is None or self.steps is None or (step < self.steps[1] and not stopping):
-            return None
+    def ends(self, step: int, stopping: bool) -> bool:
+        """Whether the trace ends with this step. stopping: no step follows."""
+        if self.active is None or self.steps is None:
+            return False
+        return stopping or step >= self.steps[1]
+
+    def write(self) -> Path:
+        """Ends the trace and writes it, which takes seconds; the file."""
+        assert self.active is not None
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         self.active.stop()

@@ -88,6 +88,8 @@ def find_tasks(config: HarnessConfig) -> list[str | dict[str, Any]]:
 
 def evaluate(config: HarnessConfig) -> dict[str, Any]:
     """Runs the tasks. InputError on a task that lm-eval does not know."""
+    if distributed.world_size() > 1:
+        raise InputError("eval.harness runs in one process: start it with python, no launcher")
     tasks = find_tasks(config)
     try:
         import lm_eval

@@ -10,6 +10,7 @@ import torch
 from lm_eval.api.model import TemplateLM
 from tqdm import tqdm
 
+from data.errors import InputError
 from eval.models import Scorable
 from eval.scoring import document_windows
 
@@ -31,11 +32,6 @@ class HarnessModel(TemplateLM):
     def eot_token_id(self) -> int:
         """What separates documents: BOS; lm-eval puts it before a text without a context."""
         return self.model.tokenizer.bos_id
-
-    @property
-    def tokenizer_name(self) -> str:
-        """Part of the key of lm-eval's cache of requests."""
-        return str(self.model.about.get("name", "")).replace("/", "__")
 
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **_: Any
@@ -113,7 +109,7 @@ class HarnessModel(TemplateLM):
         for request in tqdm(requests, desc="texts", disable=disable_tqdm):
             context, options = request.args
             if options.get("do_sample") or options.get("temperature", 0.0):
-                raise ValueError("generate_until: only greedy decoding; the task asks for sampling")
+                raise InputError("--tasks: a task asks for sampling; only greedy decoding is here")
             text = self._continue(context, options.get("until", []), options.get("max_gen_toks"))
             self.cache_hook.add_partial("generate_until", request.args, text)
             found.append(text)

@@ -167,7 +167,7 @@ def test_texts_end_at_a_stop_string(scorable: Scorable):
         requests((context, {"until": ["never", stop], "max_gen_toks": 12})), disable_tqdm=True
     )[0]
     assert cut == whole[: whole.find(stop)]
-    with pytest.raises(ValueError, match="only greedy"):
+    with pytest.raises(InputError, match="only greedy"):
         model.generate_until(requests((context, {"do_sample": True})), disable_tqdm=True)
 
 
@@ -199,6 +199,30 @@ def test_all_local_tasks_run_without_a_network(
     correct = (second[0] > first[0]) + (third[0] > fourth[0])
     assert found["results"]["winogrande"]["acc"] == correct / 2, other
     assert "commonsense_qa" in capsys.readouterr().out
+
+
+def test_a_cache_answers_in_place_of_the_model(
+    run: Callable[..., dict[str, Any]], trained: Path, task_data: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+):  # fmt: skip
+    options = ["--checkpoint", trained, "--task_data", task_data, "--tasks", "sciq", "boolq"]
+    options += ["--cache", tmp_path / "answers"]
+    first = run(*options)
+
+    def never(*_: Any) -> Any:
+        raise AssertionError("the model was asked again")
+
+    monkeypatch.setattr(HarnessModel, "_score", never)
+    assert run(*options)["results"] == first["results"]
+
+
+def test_several_ranks_are_refused(
+    run: Callable[..., dict[str, Any]], trained: Path, task_data: Path,
+    monkeypatch: pytest.MonkeyPatch,
+):  # fmt: skip
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(InputError, match="runs in one process"):
+        run("--checkpoint", trained, "--task_data", task_data)
 
 
 def test_a_model_of_hugging_face_scores_as_lm_evals_own_backend(

@@ -268,6 +268,13 @@ def test_wikitext_is_detokenised_and_counted_as_published():
     assert [first.words, second.words] == counted
 
 
+def test_wikitext_of_a_prepared_folder_is_refused(
+    command: Callable[..., None], trained: Path, prepared: Path
+):
+    with pytest.raises(InputError, match=r"--wikitext: .* is a prepared folder"):
+        command("--checkpoint", trained, "--data", prepared, "--wikitext")
+
+
 def test_wikitext_through_the_command(command: Callable[..., None], trained: Path, tmp_path: Path):
     (tmp_path / "wiki.tokens").write_text("".join(WIKITEXT))
     options = ["--checkpoint", trained, "--data", tmp_path / "wiki.tokens", "--wikitext"]

@@ -1,10 +1,13 @@
 """Seconds of steps: windows, phases, pauses, and what counts in the mean."""
 
+import re
+import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from tests.conftest import Runs, finish
 from training import clock as module
 from training.clock import StepClock
 
@@ -78,6 +81,41 @@ def test_a_window_with_an_untimed_step_in_it_does_not_count(now: SimpleNamespace
         run_step(clock, now, {"forward": seconds})
     clock.window()
     assert clock.mean() is None
+
+
+COUNTING = """
+import sys
+sys.argv[0] = "train.py"
+import train
+from data.errors import run_cli
+from training import distributed
+from training.clock import StepClock
+
+waits = []
+StepClock._wait = lambda self: waits.append(self.steps_done)
+
+end = distributed.leave
+
+def leave(code):
+    print("waited after", waits, flush=True)
+    end(code)
+
+distributed.leave = leave
+run_cli(train.main, leave)
+"""
+
+
+def test_the_loop_waits_for_the_device_at_reports_alone(runs: Runs):
+    """On a GPU each of these is a synchronisation: steps 4, 6 and 7 must have none."""
+    config = runs.config(
+        training__max_steps=8, training__log_every=5, training__untimed_steps=3,
+        training__checkpoint_every=0, data__final_split=None,
+    )  # fmt: skip
+    out, _ = finish(runs.launch([sys.executable, "-c", COUNTING, "--config", str(config)]))
+    waits = re.search(r"waited after \[(.*)\]", out)
+    assert waits is not None
+    # Reports after 1, 5 and 8, the end of the untimed steps at 3, twice around the save after 8.
+    assert waits[1] == "1, 3, 5, 8, 8, 8"
 
 
 def test_a_window_that_is_left_out_does_not_count(now: SimpleNamespace):
