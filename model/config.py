@@ -93,6 +93,8 @@ class ModelConfig:
         latent_norm: RMSNorm of the latent A x of each low-dimensional projection that reads the
             residual stream (not o_proj and down_proj), with a learned weight (r,), times √(d_in/r):
             y = B (√(d_in/r) · RMSNorm(A x)).
+        latent_activation: "silu": y = B silu(A x) in every low-dimensional projection, as in CoLA
+            (Liu et al. 2025), an ablation; "none": LPA.
         zero_init_outputs: o_proj and down_proj start at zero, so that each block starts as the
             identity (family llama). See init_weights.
         document_start_id: Attention stays within documents, each of which begins with this token
@@ -118,6 +120,7 @@ class ModelConfig:
     init_std: float = 0.02
     qk_norm: bool = False
     latent_norm: bool = False
+    latent_activation: Literal["none", "silu"] = "none"
     zero_init_outputs: bool = False
     document_start_id: int | None = None
 
@@ -173,6 +176,11 @@ class ModelConfig:
                 f"model.document_start_id: {self.document_start_id}; allowed are token ids, 0 to "
                 f"{self.vocab_size - 1}, or null"
             )
+        if self.latent_norm and self.latent_activation != "none":
+            raise ValueError(
+                f"model.latent_activation: {self.latent_activation}, and latent_norm is true; "
+                "allowed is one of the two"
+            )
         if self.zero_init_outputs and self.family == "paper-1":
             # LayerNorm of zero has a gradient of 1/√eps, and its output is of unit scale as soon as
             # its input is not zero.
@@ -199,11 +207,17 @@ class ModelConfig:
         r = self.ranks
         if self.latent_norm and (r.q, r.k, r.v, r.ffn) == (None,) * 4:
             return ["model.latent_norm has no effect: none of q, k, v and ffn is low-dimensional"]
+        if self.latent_activation != "none" and r == Ranks():
+            return ["model.latent_activation has no effect: no projection is low-dimensional"]
         return []
 
     @property
     def _latent_eps(self) -> float | None:
         return self.norm_eps if self.latent_norm else None
+
+    @property
+    def _latent_silu(self) -> bool:
+        return self.latent_activation == "silu"
 
     def attention_projections(self) -> dict[str, Shape]:
         """The projections of the attention of one block, by name."""
@@ -215,26 +229,27 @@ class ModelConfig:
         # the output.
         into: Bias = "latent" if self.family == "paper-1" else "none"
         out: Bias = "output" if self.family == "paper-1" else "none"
-        eps = self._latent_eps
+        eps, silu = self._latent_eps, self._latent_silu
         return {
-            "q_proj": Shape(d, wide, r.q, into, eps),
-            "k_proj": Shape(d, narrow, r.k, into, eps),
-            "v_proj": Shape(d, narrow, r.v, into, eps),
-            "o_proj": Shape(wide, d, r.o, out),
+            "q_proj": Shape(d, wide, r.q, into, eps, silu),
+            "k_proj": Shape(d, narrow, r.k, into, eps, silu),
+            "v_proj": Shape(d, narrow, r.v, into, eps, silu),
+            "o_proj": Shape(wide, d, r.o, out, None, silu),
         }
 
     def feed_forward_projections(self) -> dict[str, Shape]:
         """The projections of the feed-forward network of one block, by name."""
-        d, f, r, eps = self.hidden_size, self.intermediate_size, self.ranks.ffn, self._latent_eps
+        d, f, r = self.hidden_size, self.intermediate_size, self.ranks.ffn
+        eps, silu = self._latent_eps, self._latent_silu
         if self.family == "paper-1":
             return {
-                "up_proj": Shape(d, f, r, "latent", eps),
-                "down_proj": Shape(f, d, r, "output"),
+                "up_proj": Shape(d, f, r, "latent", eps, silu),
+                "down_proj": Shape(f, d, r, "output", None, silu),
             }
         return {
-            "gate_proj": Shape(d, f, r, "none", eps),
-            "up_proj": Shape(d, f, r, "none", eps),
-            "down_proj": Shape(f, d, r, "none"),
+            "gate_proj": Shape(d, f, r, "none", eps, silu),
+            "up_proj": Shape(d, f, r, "none", eps, silu),
+            "down_proj": Shape(f, d, r, "none", None, silu),
         }
 
     def block_projections(self) -> dict[str, Shape]:

@@ -100,6 +100,8 @@ def unfusible(config: ModelConfig) -> str:
         return f"family {config.family} has no fused layer"
     if config.qk_norm:
         return "qk_norm stands between the projections of q and k and their rotary positions"
+    if config.latent_activation != "none":
+        return f"{config.latent_activation} stands between the factors of a projection"
     if config.dropout:
         return "dropout stands between the output projection and the residual"
     dense = [name for name in "qkv" if getattr(ranks, name) is None]

@@ -26,7 +26,8 @@ class LowDim(nn.Module):
 
     A bias, where the family has one, sits on the latent (after A) or on the output (after B). With
     a latent norm, y = B (√(d_in/r) · RMSNorm(A x)), as in MLRA (ICLR 2026): what enters B has the
-    length √d_in, that of an input of unit scale which enters a dense weight.
+    length √d_in, that of an input of unit scale which enters a dense weight. With a latent
+    activation, y = B silu(A x), as in CoLA (Liu et al. 2025).
     """
 
     bias_A: nn.Parameter | None
@@ -44,12 +45,15 @@ class LowDim(nn.Module):
         self.bias_B = nn.Parameter(torch.empty(shape.d_out)) if output else None
         eps = shape.latent_eps
         self.latent_norm = None if eps is None else RMSNorm(shape.rank, eps)
+        self.latent_silu = shape.latent_silu
         self.fused = False  # by the operator of kernels.ops, a node of the graph instead of two
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., d_in) -> (..., d_out)."""
-        if self.latent_norm is not None:
-            return F.linear(self.normalised(F.linear(x, self.A, self.bias_A)), self.B, self.bias_B)
+        if self.latent_norm is not None or self.latent_silu:
+            latent = F.linear(x, self.A, self.bias_A)
+            latent = F.silu(latent) if self.latent_silu else self.normalised(latent)
+            return F.linear(latent, self.B, self.bias_B)
         linear = ops.low_dim_linear if self.fused else reference.low_dim_linear
         return linear(x, self.A, self.B, self.bias_A, self.bias_B)
 

@@ -9,7 +9,7 @@ class Shape(NamedTuple):
     """A projection of a block: y (d_out) = W x (d_in), W dense (rank None) or the product B·A.
 
     latent_eps: the epsilon of an RMSNorm between A and B, which a dense W has no place for; None:
-    no norm.
+    no norm. latent_silu: SiLU between A and B.
     """
 
     d_in: int
@@ -17,6 +17,7 @@ class Shape(NamedTuple):
     rank: int | None
     bias: Bias
     latent_eps: float | None = None
+    latent_silu: bool = False
 
     def matmul_parameters(self) -> int:
         """Entries of the matrices that are multiplied: the factors, not their dense equivalent."""

@@ -33,6 +33,7 @@ from model.recompute import keep_attention, keep_products, recomputed
 from model.shape import Shape
 
 Gather = Callable[[Tensor], AbstractContextManager[object]]
+SILU_MEAN_SQUARE = 0.3557755  # E[silu(z)²], z of N(0, 1), by quadrature
 
 
 class Embedding(nn.Embedding):
@@ -223,6 +224,7 @@ def init_weights(model: Transformer, seed: int, gather: Gather = lambda _: nullc
     | biases                      | 0                          | U(±1/√fan_in)         |
     | norms                       | weight 1, bias 0           | weight 1, bias 0      |
     | B, with latent_norm         | N(0, s²)                   | U(±1/√r)              |
+    | B, with latent_activation   | N(0, s² d_in/(c r))        | U(±1/√r)              |
     | with zero_init_outputs:     |                            |                       |
     | W or B of o_proj, down_proj | 0                          | 0                     |
 
@@ -238,6 +240,9 @@ def init_weights(model: Transformer, seed: int, gather: Gather = lambda _: nullc
     unit scale: q, k, v, gate and up, which alone have the norm, have such an x (family llama).
     Under "authors" the norm multiplies
     the variance of an output, for an x of unit scale, by 3 d_in/r.
+
+    c = E[silu(z)²] = 0.35578 for z of N(0, 1): an output has the variance that it has without the
+    activation, again for an x of unit scale.
 
     A tensor is drawn on the CPU from a generator seeded by (seed, name), so the values depend on
     nothing else. `gather(parameter)` must yield with the whole parameter writable (ZeRO stage 3).
@@ -274,6 +279,8 @@ def initial_value(model: Transformer, name: str, shape: torch.Size, seed: int) -
         std = 1 / math.sqrt(shape[1])
     elif leaf == "B" and module.latent_norm is None:
         std *= math.sqrt(_fan_in(module, "A") / shape[1])
+        if module.latent_silu:
+            std /= math.sqrt(SILU_MEAN_SQUARE)
     return value.normal_(0, std, generator=generator)
 
 

@@ -249,11 +249,16 @@ class RunConfig:
             return found
         if training.factor_decay == "product" and training.weight_decay == 0:
             found.append("training.factor_decay product has no effect: weight_decay is 0")
-        if training.factor_decay == "product" and self.model.latent_norm:
-            found.append(
-                "training.factor_decay product: with model.latent_norm the product B·A, which "
-                "decays, is not the matrix that a projection applies"
-            )
+        between = {
+            "latent_norm": self.model.latent_norm,
+            "latent_activation": self.model.latent_activation != "none",
+        }
+        for name, there in between.items():
+            if training.factor_decay == "product" and there:
+                found.append(
+                    f"training.factor_decay product: with model.{name} the product B·A, which "
+                    "decays, is not the matrix that a projection applies"
+                )
         return found
 
     def to_yaml(self) -> str:

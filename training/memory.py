@@ -107,7 +107,8 @@ def layer_bytes(
     statistics = 4 * model.num_heads + (4 if fused else 0)
     dropped = 2 * d if model.dropout else 0
     inner = _inner_norms(model, 4 if autocast else element, execution)
-    return 2 * d * stream + sum(kept) * element + statistics + dropped + inner
+    silu = _latent_silu(model, execution) * element
+    return 2 * d * stream + sum(kept) * element + statistics + dropped + inner + silu
 
 
 def _inner_norms(model: ModelConfig, element: int, execution: Execution) -> int:
@@ -126,6 +127,14 @@ def _inner_norms(model: ModelConfig, element: int, execution: Execution) -> int:
         sizes = [p.latent_norm_size() for p in shapes.values() if p.latent_norm_size()]
         kept += 0 if rebuilt else sum(size * element + 4 for size in sizes)
     return kept
+
+
+def _latent_silu(model: ModelConfig, execution: Execution) -> int:
+    """Width of what enters the latent activations of a block and is kept."""
+    attention, network = model.attention_projections(), model.feed_forward_projections()
+    kept = [] if execution.recompute_qkv else [*attention.values()]
+    kept += [] if execution.recompute_ffn else [*network.values()]
+    return sum(p.rank or 0 for p in kept if p.latent_silu)
 
 
 def logits_bytes(

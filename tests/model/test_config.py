@@ -162,6 +162,7 @@ def test_parameters_are_those_of_the_built_model(changes):
         ({"qk_norm": True}, 3 * 2 * 16),
         ({"qk_norm": True, "num_kv_heads": 1, "head_dim": 20}, 3 * 2 * 20),
         ({"latent_norm": True}, 0),
+        ({"latent_activation": "silu", "r": 8}, 0),
         ({"latent_norm": True, "r": 8}, 3 * 3 * 8),
         ({"latent_norm": True, "r": Ranks(q=2, o=5, ffn=24)}, 3 * (2 + 2 * 24)),
         ({"latent_norm": True, "r": Ranks(k=2, ffn=24), "family": "paper-1"}, 3 * (2 + 24)),
@@ -171,6 +172,7 @@ def test_parameters_are_those_of_the_built_model(changes):
 def test_parameters_and_flops_of_the_aids(changes, more):
     """Weights of head_dim for q and for k, or of r for each latent; norms are no matmul FLOPs."""
     off = {"qk_norm": False, "latent_norm": False, "zero_init_outputs": False}
+    off |= {"latent_activation": "none"}
     with_them, without = small(**changes), small(**(changes | off))
     for embeddings in (True, False):
         count = with_them.num_parameters(embeddings) - without.num_parameters(embeddings)
@@ -268,6 +270,8 @@ def test_saving_of_low_dimensional_attention():
         ({"qk_norm": 1}, "model.qk_norm", "1"),
         ({"latent_norm": "yes"}, "model.latent_norm", "yes"),
         ({"zero_init_outputs": None}, "model.zero_init_outputs", "None"),
+        ({"latent_activation": "relu", "r": 8}, "model.latent_activation", "'none', 'silu'"),
+        ({"latent_activation": "silu", "latent_norm": True}, "model.latent_activation", "one of"),
         *[
             ({name: value}, f"model.{name}", str(value))
             for name in (
@@ -369,6 +373,14 @@ def test_a_latent_norm_without_latents_is_named():
     for changes in ({}, {"r": 8}, {"latent_norm": True, "r": 8}, {"qk_norm": True}):
         assert small(**changes).warnings() == []
     assert small(latent_norm=True, r=Ranks(ffn=8)).warnings() == []
+
+
+def test_a_latent_activation_without_latents_is_named():
+    assert small(latent_activation="silu").warnings() == [
+        "model.latent_activation has no effect: no projection is low-dimensional"
+    ]
+    for ranks in (8, Ranks(o=8), Ranks(ffn=8)):
+        assert small(latent_activation="silu", r=ranks).warnings() == []
 
 
 def test_a_model_json_from_before_the_aids(tmp_path: Path):

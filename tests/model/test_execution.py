@@ -42,6 +42,7 @@ every_family = pytest.mark.parametrize("changes", FAMILIES.values(), ids=FAMILIE
 UNFUSED = {
     "qk norm": {"qk_norm": True},
     "both norms": {"r": 8, "num_kv_heads": 2, "qk_norm": True, "latent_norm": True},
+    "latent silu": {"r": Ranks(8, 4, 12, 8, 16), "latent_activation": "silu"},
     "paper-1, both norms": {"family": "paper-1", "r": 8, "qk_norm": True, "latent_norm": True},
 }
 REBUILD = [

@@ -157,6 +157,19 @@ def test_a_latent_norm_leaves_the_outputs_of_sub_layers_alone():
             assert torch.equal(one(x), other(x))
 
 
+@pytest.mark.parametrize("rank", [6, 24, 96])
+@pytest.mark.parametrize("name", ["q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"])
+def test_a_latent_silu_keeps_the_variance_of_the_output(name, rank):
+    """s² d_in for an input of unit scale."""
+    ranks = Ranks(q=rank, k=rank, v=rank, o=rank, ffn=rank)
+    outputs = []
+    for layer in layers_named(initialised(r=ranks, latent_activation="silu"), name):
+        x = torch.randn(2000, layer.d_in, generator=torch.Generator().manual_seed(5))
+        outputs.append(layer(x))
+    tolerance = 5 * math.sqrt(2 / (rank * layer.d_out * LAYERS) + 20 / (rank * LAYERS * 96))
+    assert mean_square(outputs) == pytest.approx(STD**2 * 96, rel=tolerance + 0.02)
+
+
 @pytest.mark.parametrize("rank", [12, 48])
 def test_a_latent_norm_multiplies_the_authors_variance(rank):
     """By 3 d_in/r for an input of unit scale."""

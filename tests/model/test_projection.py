@@ -113,5 +113,17 @@ def test_a_latent_norm_is_torchs(bias, d_in, d_out, rank, fused):
             assert_close(value.grad, parameter.grad, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("bias", ["none", "latent", "output"])
+def test_a_latent_silu_stands_between_the_factors(bias, fused):
+    layer = filled(Shape(10, 6, 3, bias, latent_silu=True)).double()
+    layer.fused = fused
+    x = rows(10).double()
+    latent = x @ layer.A.T + (0 if layer.bias_A is None else layer.bias_A)
+    y = (latent / (1 + torch.exp(-latent))) @ layer.B.T
+    y = y + (0 if layer.bias_B is None else layer.bias_B)
+    torch.testing.assert_close(layer(x), y)
+
+
 def test_low_dim_names_its_shape():
     assert "d_in=6, d_out=10, r=3" in repr(LowDim(Shape(6, 10, 3, "none")))

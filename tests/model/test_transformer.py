@@ -46,10 +46,12 @@ PAPER = {
     "without head bias": {"lm_head_bias": False},
     "qk norm": {"qk_norm": True},
     "both norms": {"qk_norm": True, "latent_norm": True, "r": Ranks(q=3, v=5, o=6, ffn=9)},
+    "latent silu": {"latent_activation": "silu", "r": Ranks(q=3, v=5, o=6, ffn=9)},
 }
 NORMED = {
     "latent norm": {"latent_norm": True, "r": 5},
     "both norms": {"latent_norm": True, "qk_norm": True, "num_kv_heads": 2, "r": 5},
+    "latent silu": {"latent_activation": "silu", "num_kv_heads": 2, "r": Ranks(3, 4, 5, 6, 9)},
 }
 OF_LLAMA = ("vanilla", "lpa", "grouped lpa", "tied", "qk norm")
 EVERY = (
@@ -260,7 +262,7 @@ def test_gradients_are_those_of_llama(changes):
 # --- family paper-1 against a forward written out ------------------------------------------------
 
 
-def paper_projection(layer: nn.Module, x: Tensor) -> Tensor:
+def paper_projection(layer: nn.Module, x: Tensor, silu: bool = False) -> Tensor:
     state = dict(layer.named_parameters())
     if "weight" in state:
         return x @ state["weight"].T + state["bias"]
@@ -268,6 +270,8 @@ def paper_projection(layer: nn.Module, x: Tensor) -> Tensor:
     if "latent_norm.weight" in state:
         scale = math.sqrt(x.size(-1) / y.size(-1))
         y = scale * root_mean_square_norm(y, state["latent_norm.weight"])
+    if silu:
+        y = y / (1 + (-y).exp())
     return y @ state["B"].T + state.get("bias_B", 0.0)
 
 
@@ -285,11 +289,12 @@ def paper_forward(model: Transformer, ids: Tensor) -> Tensor:
     """Setting 1: x + LN(attention(x)), then x + LN(W_2 relu(W_1 x)); no final norm."""
     config, (B, T) = model.config, ids.shape
     H, D, eps = config.num_heads, config.head_dim, config.norm_eps
+    silu = config.latent_activation == "silu"
     x = model.token_embedding.weight[ids] + model.position_embedding.weight[:T]
     for block in model.layers:
         attention = block.attention
         q, k, v = (
-            paper_projection(layer, x).reshape(B, T, H, D).transpose(1, 2)
+            paper_projection(layer, x, silu).reshape(B, T, H, D).transpose(1, 2)
             for layer in (attention.q_proj, attention.k_proj, attention.v_proj)
         )
         if config.qk_norm:
@@ -298,10 +303,10 @@ def paper_forward(model: Transformer, ids: Tensor) -> Tensor:
         scores = q @ k.transpose(-1, -2) / math.sqrt(D)
         hidden = torch.tril(torch.ones(T, T)) == 0
         y = scores.masked_fill(hidden, -math.inf).softmax(-1) @ v
-        y = paper_projection(attention.o_proj, y.transpose(1, 2).reshape(B, T, H * D))
+        y = paper_projection(attention.o_proj, y.transpose(1, 2).reshape(B, T, H * D), silu)
         x = x + paper_norm(block.attention_norm, y, eps)
-        y = paper_projection(block.feed_forward.up_proj, x).clamp(min=0)
-        y = paper_projection(block.feed_forward.down_proj, y)
+        y = paper_projection(block.feed_forward.up_proj, x, silu).clamp(min=0)
+        y = paper_projection(block.feed_forward.down_proj, y, silu)
         x = x + paper_norm(block.feed_forward_norm, y, eps)
     logits = x @ model.lm_head.weight.T
     return logits if model.lm_head.bias is None else logits + model.lm_head.bias

@@ -47,6 +47,7 @@ UNFUSED = [
     {"qk_norm": True},
     {"qk_norm": True, "num_kv_heads": 1},
     {"qk_norm": True, "latent_norm": True, "r": 96},
+    {"r": Ranks(q=16, k=32, v=48, o=64, ffn=96), "latent_activation": "silu"},
 ]
 CASES = [(changes, how) for changes in SHAPES + UNFUSED for how in ({}, *REBUILD)]
 CASES += [(changes, how | {"kernels": "triton"}) for changes in SHAPES for how in ({}, *REBUILD)]
