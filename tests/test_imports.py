@@ -36,6 +36,20 @@ def test_imports_run_one_way(path: Path):
     assert ours - {folder} <= MAY_IMPORT[folder]
 
 
+DELTA = sorted(
+    path for path in (ROOT / "model" / "delta").rglob("*.py") if path.name != "__main__.py"
+)
+
+
+@pytest.mark.parametrize("path", DELTA, ids=lambda path: str(path.relative_to(ROOT)))
+def test_deltas_know_no_backbone_of_ours(path: Path):
+    """They work on any nn.Module; the command alone opens our checkpoints."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "model":
+            assert (node.module or "").startswith("model.delta")
+    assert not imported(path) & {"kernels", "data", "training", "eval", "transformers", "peft"}
+
+
 def test_kernels_has_no_version():
     """transformers probes any package of this name for a __version__."""
     import kernels
