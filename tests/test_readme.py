@@ -21,7 +21,7 @@ GENERATED = (".venv/", "RUN/", "runs/", "prepared/", "pile/")  # not in the tree
 OUR_PACKAGES = ("data", "eval", "kernels", "model", "training")
 PROGRAMS = (
     "train.py", "data.prepare", "eval.perplexity", "eval.generate", "kernels.aot", "kernels.bench",
-    "training.suggest", "training.bench", "eval.harness",
+    "training.suggest", "training.bench", "eval.harness", "eval.compare", "eval.study",
 )  # fmt: skip
 
 each_page = pytest.mark.parametrize("page", sorted(PAGES))

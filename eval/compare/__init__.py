@@ -1,0 +1,1 @@
+"""python -m eval.compare: runs of train.py side by side, as one page."""

@@ -1,0 +1,1 @@
+"""Studies: arms × learning rates × seeds, run to the end and put on a page."""

@@ -1,0 +1,132 @@
+"""What of a study is done, and what is to be run next."""
+
+import dataclasses
+import json
+from dataclasses import dataclass
+
+from data.command_line import parse_options
+from data.errors import InputError
+from eval.compare.runs import NO_EFFECT, Run, read_run
+from eval.compare.sweep import Optimum, Trial, optimum
+from eval.study.config import PlannedRun, StudyConfig, planned
+from training.config import RunConfig
+
+
+@dataclass
+class Arm:
+    """The state of an arm.
+
+    Attributes:
+        name: Its name.
+        trials: Runs of the sweep that are over.
+        best: The best learning rate, once all trials are over; None: there is no sweep either.
+        final: Final runs that are over.
+        waiting: Runs that can be started now.
+    """
+
+    name: str
+    trials: list[Trial]
+    best: Optimum | None
+    final: list[Run]
+    waiting: list[PlannedRun]
+
+
+def over(run: PlannedRun) -> Run | None:
+    """The run directory of a planned run that has ended: completed, or diverged. InputError where
+    the folder holds a run with other settings.
+    """
+    if not (run.folder / "config.yaml").exists():
+        return None
+    _require_same(run)
+    status = run.folder / "status.json"
+    state = json.loads(status.read_text())["state"] if status.exists() else None
+    if state not in ("completed", "failed"):
+        return None
+    found = read_run(run.folder)
+    return found if state == "completed" or found.diverged else None
+
+
+def _require_same(run: PlannedRun) -> None:
+    had_config = run.folder / "config.yaml"
+    had, _ = parse_options(RunConfig, ["--config", str(had_config)], prog="", description="")
+    wanted, found = dataclasses.asdict(run.config), dataclasses.asdict(had)
+    for block, keys in wanted.items():
+        for key, value in keys.items():
+            if f"{block}.{key}" not in NO_EFFECT and found[block][key] != value:
+                raise InputError(
+                    f"{run.folder}: it was run with {block}.{key} {found[block][key]!r}, and the "
+                    f"study says {value!r}; choose another run_dir, or remove the folder"
+                )
+
+
+def trial_of(run: Run) -> Trial:
+    """Learning rate and validation loss of a run that is over."""
+    return Trial(run.config.training.learning_rate, None if run.diverged else _loss(run))
+
+
+def _loss(run: Run) -> float:
+    loss = run.last_validation_loss
+    if loss is None:
+        raise InputError(
+            f"{run.path}: no validation loss to choose a learning rate by; set "
+            "base.training.validate_every"
+        )
+    return loss
+
+
+def arm_state(study: StudyConfig, name: str) -> Arm:
+    """What of an arm is done and what comes next."""
+    grid = list(study.sweep.learning_rates or [])
+    trials: list[Trial] = []
+    waiting: list[PlannedRun] = []
+    best: Optimum | None = None
+    tried: set[float] = set()
+    left = 2 * study.sweep.extend
+    while grid:
+        for rate in grid:
+            for seed in study.sweep.seeds if rate not in tried else []:
+                run = planned(study, name, rate, seed, trial=True)
+                found = over(run)
+                if found is None:
+                    waiting.append(run)
+                else:
+                    trials.append(trial_of(found))
+            tried.add(rate)
+        if waiting:
+            return Arm(name, trials, None, [], waiting)
+        best = optimum(trials)
+        beyond = _beyond(grid, best.trial.learning_rate, study)
+        if best.interior or beyond is None or not left:
+            break
+        left -= 1
+        grid = sorted([*grid, beyond])
+    final: list[Run] = []
+    for seed in study.seeds:
+        run = planned(study, name, best.trial.learning_rate if best else None, seed, trial=False)
+        found = over(run)
+        if found is None:
+            waiting.append(run)
+        else:
+            final.append(found)
+    return Arm(name, trials, best, final, waiting)
+
+
+def _beyond(grid: list[float], best: float, study: StudyConfig) -> float | None:
+    """The next learning rate beyond the end of the grid at which the best one lies; None where it
+    lies at none, or that end has been extended as often as is allowed.
+    """
+    first = study.sweep.learning_rates or []
+    if best == grid[-1] and sum(rate > first[-1] for rate in grid) < study.sweep.extend:
+        return float(f"{grid[-1] * grid[-1] / grid[-2]:.4g}")
+    if best == grid[0] and sum(rate < first[0] for rate in grid) < study.sweep.extend:
+        return float(f"{grid[0] * grid[0] / grid[1]:.4g}")
+    return None
+
+
+def in_order(study: StudyConfig, arms: list[Arm]) -> list[PlannedRun]:
+    """The runs that can be started, trials first, then seed by seed, so that what is there at any
+    time can be compared.
+    """
+    runs = [run for arm in arms for run in arm.waiting]
+    seeds = study.sweep.seeds + study.seeds
+    return sorted(runs, key=lambda run: (not run.trial, seeds.index(run.seed)))
