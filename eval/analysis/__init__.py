@@ -1,0 +1,1 @@
+"""python -m eval.analysis: singular spectra of attention and FFN over training, as one page."""
