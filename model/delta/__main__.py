@@ -1,0 +1,166 @@
+"""Deltas of a backbone, as files: explain, count, prune, merge, export, import, ensemble.
+
+python -m model.delta explain --backbone runs/lpa_130m --method lora --set r=8
+python -m model.delta merge --backbone runs/lpa_130m --delta deltas/sst2 --output merged
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from torch import nn
+
+from data.errors import InputError, require_folder_of, run_cli
+from model.delta import Deltas
+from model.delta.base import Delta
+from model.delta.command.backbones import load_backbone, require_empty, write_backbone
+from model.delta.command.options import delta_config, parser
+from model.delta.ensemble import average, combine
+from model.delta.explain import explain, planned, to_json, tree
+from model.delta.files import Loaded, fingerprint, load_delta, save_delta
+from model.delta.merge import merge
+from model.delta.peft_files import export_peft, import_peft
+from model.delta.prune import compact, rank_report
+
+
+def _of_options(options: argparse.Namespace, backbone: nn.Module) -> Delta:
+    """The delta of --delta, or a new one of --config, --method and --set."""
+    if options.delta is None:
+        return planned(backbone, delta_config(options))
+    return load_delta(options.delta, backbone, options.any_backbone).delta
+
+
+def _explain(options: argparse.Namespace) -> None:
+    backbone = load_backbone(options.backbone)
+    some = options.delta or options.config or options.method
+    delta = _of_options(options, backbone) if some else None
+    root = explain(backbone, delta)
+    Console().print(tree(root, delta.config.method if delta else "delta"))
+    if options.output is not None:
+        options.output.write_text(json.dumps(to_json(root), indent=2) + "\n")
+
+
+def _count(options: argparse.Namespace) -> None:
+    backbone = load_backbone(options.backbone)
+    delta = _of_options(options, backbone)
+    whole = sum(p.numel() for p in backbone.parameters())
+    found: dict[str, Any] = {
+        "method": delta.config.method,
+        "backbone_parameters": whole,
+        "delta_parameters": delta.num_parameters(),
+        "trained_parameters": delta.num_parameters(trained=True),
+        "share_of_backbone": delta.num_parameters() / whole,
+    }
+    rows = rank_report(delta) if options.delta is not None else []
+    if rows:
+        found["parameters_after_pruning"] = sum(row.parameters_kept for row in rows)
+        found["ranks"] = {row.target: [row.kept, row.rank] for row in rows}
+    for key, value in found.items():
+        print(f"{key}: {value:,}" if isinstance(value, int) else f"{key}: {value}")
+    if options.output is not None:
+        options.output.write_text(json.dumps(found, indent=2) + "\n")
+
+
+def _put_in(backbone: nn.Module, loaded: Loaded) -> None:
+    """What was trained beside a delta, into the backbone. InputError where it has no place."""
+    missing = backbone.load_state_dict(loaded.extra, strict=False).unexpected_keys
+    if missing:
+        raise InputError(f"the backbone has no {', '.join(missing)}, which the delta brings along")
+
+
+def _merge(options: argparse.Namespace) -> None:
+    backbone = load_backbone(options.backbone)
+    deltas = Deltas(backbone)
+    loaded = [load_delta(path, backbone, options.any_backbone) for path in options.delta]
+    for number, one in enumerate(loaded):
+        _put_in(backbone, one)
+        deltas.insert(str(number), one.delta)
+    merge(deltas, *deltas.names())
+    write_backbone(options.backbone, backbone, options.output)
+
+
+def _prune(options: argparse.Namespace) -> None:
+    backbone = load_backbone(options.backbone)
+    loaded = load_delta(options.delta, backbone, options.any_backbone)
+    _save_like(options.delta, compact(loaded.delta), loaded, options.output)
+
+
+def _save_like(source: Path, delta: Delta, loaded: Loaded, output: Path) -> None:
+    """A delta that takes another one's place, for the same backbone."""
+    fields = json.loads((source / "delta.json").read_text(encoding="utf-8"))
+    save_delta(
+        delta,
+        output,
+        fields["backbone_fingerprint"],
+        trained=fields["trained_modules"],
+        extra=loaded.extra,
+        about=loaded.about,
+    )
+
+
+def _export(options: argparse.Namespace) -> None:
+    backbone = load_backbone(options.backbone)
+    loaded = load_delta(options.delta, backbone, options.any_backbone)
+    if loaded.extra:
+        raise InputError(
+            f"{options.delta}: {', '.join(loaded.extra)} were trained with it, which this format "
+            "of peft's has no place for"
+        )
+    export_peft(loaded.delta, options.output, backbone, options.backbone.removeprefix("hf:"))
+
+
+def _import(options: argparse.Namespace) -> None:
+    backbone = load_backbone(options.backbone)
+    delta = import_peft(options.adapter, backbone)
+    save_delta(delta, options.output, fingerprint(backbone), about={"imported_from": "peft"})
+
+
+def _ensemble(options: argparse.Namespace) -> None:
+    backbone = load_backbone(options.backbone)
+    loaded = [load_delta(path, backbone, options.any_backbone) for path in options.delta]
+    given = options.weights or [1 / len(loaded)] * len(loaded)
+    if len(given) != len(loaded):
+        raise InputError(f"--weights: {len(given)} of them, and {len(loaded)} deltas")
+    parts = {str(number): one.delta for number, one in enumerate(loaded)}
+    by = dict(zip(parts, given, strict=True))
+    if options.how == "average":
+        if options.rank is not None:
+            raise InputError("--rank: only --how exact can change the rank")
+        mixed = average(parts, by)
+    else:
+        mixed = combine(parts, by, options.rank)
+    about = {"ensemble_of": [path.name for path in options.delta], "weights": given}
+    save_delta(mixed, options.output, fingerprint(backbone), about=about)
+
+
+COMMANDS = {
+    "explain": _explain,
+    "count": _count,
+    "merge": _merge,
+    "prune": _prune,
+    "export": _export,
+    "import": _import,
+    "ensemble": _ensemble,
+}
+
+
+def main() -> int:
+    """The command."""
+    options = parser().parse_args()
+    if options.command in ("explain", "count"):
+        require_folder_of(options.output)
+    else:
+        require_empty(options.output)
+    try:
+        COMMANDS[options.command](options)
+    except ValueError as error:  # of model.delta, which has no class of its own for the user's
+        raise InputError(str(error)) from None
+    if options.command not in ("explain", "count"):
+        print(options.output)
+    return 0
+
+
+if __name__ == "__main__":
+    run_cli(main)

@@ -1,0 +1,122 @@
+"""Backbones by name: our checkpoints and Hugging Face's models, read and written."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import nn
+
+from data.errors import InputError
+from data.shards import sha256_file
+from model import ModelConfig, Transformer
+from model.config import Ranks
+from model.delta.target import as_target
+from training import checkpoint
+
+HUGGING_FACE = "hf:"
+
+
+def load_backbone(name: str) -> nn.Module:
+    """A run directory, a checkpoint's folder or hf:NAME_OR_FOLDER, in float32 on the CPU.
+
+    Of Hugging Face's only safetensors are read, and no code of the model's repository is run.
+    """
+    if not name.startswith(HUGGING_FACE):
+        folder = checkpoint.resolve(Path(name))
+        return checkpoint.load_model(folder, torch.device("cpu"), torch.float32)
+    try:
+        from transformers import AutoModelForCausalLM
+    except ImportError:
+        raise InputError(f"{name}: needs the package transformers") from None
+    short = name.removeprefix(HUGGING_FACE)
+    try:
+        model: nn.Module = AutoModelForCausalLM.from_pretrained(
+            short, dtype=torch.float32, use_safetensors=True
+        )
+    except (OSError, ValueError) as error:
+        raise InputError(f"{name}: cannot be loaded ({' '.join(str(error).split())})") from None
+    return model
+
+
+def write_backbone(name: str, backbone: nn.Module, output: Path) -> None:
+    """Writes a changed backbone as what it was read from: a checkpoint of ours without optimizer
+    state, which is evaluated and not resumed, or a folder of Hugging Face's with its tokenizer.
+    """
+    aside = output.with_name(output.name + ".partial")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    if isinstance(backbone, Transformer):
+        _write_ours(checkpoint.resolve(Path(name)), backbone, aside)
+    else:
+        _write_hugging_face(name.removeprefix(HUGGING_FACE), backbone, aside)
+    aside.rename(output)
+
+
+def _write_ours(source: Path, backbone: Transformer, aside: Path) -> None:
+    config = _equalised(backbone)
+    config.to_json(aside / "model.json")
+    shutil.copyfile(source / "tokenizer.model", aside / "tokenizer.model")
+    weights = {name: value.contiguous() for name, value in backbone.state_dict().items()}
+    if config.tie_embeddings:
+        del weights["lm_head.weight"]
+    safetensors.torch.save_file(weights, aside / "model.safetensors")
+    state: dict[str, Any] = checkpoint.read_state(source)
+    state["files"] = {
+        path.name: {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
+        for path in sorted(aside.iterdir())
+    }
+    checkpoint.write_state(aside, state)
+
+
+def _equalised(backbone: Transformer) -> ModelConfig:
+    """The configuration of a model whose ranks have grown. A rank is that of a kind of projection,
+    so where layers differ the smaller ones get latents of zero.
+    """
+    kinds = {"q_proj": "q", "k_proj": "k", "v_proj": "v", "o_proj": "o"}
+    found: dict[str, list[nn.Module]] = {}
+    for name, module in backbone.named_modules():
+        if as_target(name, module).kind == "factorised":
+            found.setdefault(kinds.get(name.rpartition(".")[2], "ffn"), []).append(module)
+    ranks: dict[str, int | None] = {}
+    for kind, modules in found.items():
+        largest = max(int(module.get_parameter("A").size(0)) for module in modules)
+        ranks[kind] = largest
+        for module in modules:
+            _pad(module, largest)
+    fields = {
+        field: getattr(backbone.config, field) for field in backbone.config.__dataclass_fields__
+    }
+    return ModelConfig(**(fields | ({"r": Ranks(**ranks)} if ranks else {})))
+
+
+@torch.no_grad()
+def _pad(module: nn.Module, rank: int) -> None:
+    A, B = module.get_parameter("A"), module.get_parameter("B")
+    more = rank - A.size(0)
+    if not more:
+        return
+    module.A = nn.Parameter(torch.cat([A, A.new_zeros(more, A.size(1))]))
+    module.B = nn.Parameter(torch.cat([B, B.new_zeros(B.size(0), more)], dim=1))
+    bias = getattr(module, "bias_A", None)
+    if isinstance(bias, nn.Parameter):
+        module.bias_A = nn.Parameter(torch.cat([bias, bias.new_zeros(more)]))
+
+
+def _write_hugging_face(source: str, backbone: Any, aside: Path) -> None:
+    from transformers import AutoTokenizer
+
+    backbone.save_pretrained(aside, safe_serialization=True)
+    try:
+        AutoTokenizer.from_pretrained(source).save_pretrained(aside)
+    except (OSError, ValueError):  # a model without a tokenizer beside it
+        return
+
+
+def require_empty(output: Path) -> None:
+    """InputError where a result could not be written to this folder."""
+    if output.exists():
+        raise InputError(f"--output {output}: it exists; give a folder that does not")
+    if not output.absolute().parent.is_dir():
+        raise InputError(f"--output {output}: the folder {output.parent} does not exist")
