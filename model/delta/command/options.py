@@ -22,7 +22,11 @@ class Parser(argparse.ArgumentParser):
 
 def parser() -> argparse.ArgumentParser:
     """All commands."""
-    top = Parser(prog="python -m model.delta", description="Deltas of a backbone, as files.")
+    top = Parser(
+        prog="python -m model.delta",
+        description="Deltas of a backbone, as files.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     commands = top.add_subparsers(dest="command", required=True, parser_class=Parser)
 
     def command(name: str, text: str, delta: bool = True, output: bool = True) -> Parser:
@@ -64,6 +68,7 @@ def parser() -> argparse.ArgumentParser:
         help="exact: the sum of what the deltas add; average: of their parameters",
     )  # fmt: skip
     mixed.add_argument("--rank", type=int, help="the best approximation of this rank (exact)")
+    top.epilog = "\n".join(one.format_usage() for one in commands.choices.values())
     return top
 
 
