@@ -1,5 +1,5 @@
 # make demo   installs, prepares the embedded corpus, trains a tiny LPA model, evaluates and samples it
-# make test   installs and runs the test suite (make test-all: with the full matrices)
+# make test   installs and runs the test suite (make test-all: with the full matrices), in WORKERS processes
 # make faults kills, fills and damages running jobs (an hour), and writes the table of docs/reliability.md
 # make check  linters and types;  make clean  removes what the above made
 VENV := .venv
@@ -32,11 +32,15 @@ demo: setup
 	@echo "run directory     runs/lpa_tiny (log.txt, metrics.jsonl, checkpoints/, test.json)"
 	@echo "TensorBoard logs  $(BIN)/tensorboard --logdir runs/lpa_tiny/tensorboard"
 
+# Tests of one file stay together: they share fixtures.
+WORKERS ?= 2
+PARALLEL = -n $(WORKERS) --dist loadfile
+
 test: setup
-	$(BIN)/python -m pytest -m "not slow and not gpu"
+	$(BIN)/python -m pytest $(PARALLEL) -m "not slow and not gpu"
 
 test-all: setup
-	$(BIN)/python -m pytest -m "not gpu"
+	$(BIN)/python -m pytest $(PARALLEL) -m "not gpu"
 
 faults: setup
 	@mkdir -p runs

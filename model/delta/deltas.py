@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from model.delta.base import Delta, DeltaConfig
+from model.delta.base import Delta, DeltaConfig, DeltaLayer
 from model.delta.target import matches
 
 
@@ -25,6 +25,8 @@ class Deltas(nn.Module):
         self._backbone = (backbone,)  # in a tuple: nn.Module would register it as its own
         self.deltas = nn.ModuleDict()
         self.active: tuple[str, ...] = ()
+        # For each target the layers that act on it now, so that a hook has nothing to look up.
+        self._acting: dict[str, list[tuple[str, DeltaLayer]]] = {}
         self._rows: dict[str, Tensor] | None = None
         self._batch: int | None = None
         self._handles: list[RemovableHandle] = []
@@ -88,6 +90,13 @@ class Deltas(nn.Module):
         if len(set(names)) < len(names):
             raise ValueError(f"names: {', '.join(names)}; each is allowed once")
         self.active = names
+        self._list_acting()
+
+    def _list_acting(self) -> None:
+        self._acting = {}
+        for name in self.active:
+            for path, layer in self[name].named_layers():
+                self._acting.setdefault(path, []).append((name, layer))
 
     def _require(self, name: str) -> None:
         if name not in self.deltas:
@@ -156,6 +165,7 @@ class Deltas(nn.Module):
 
     def _hook(self) -> None:
         """One hook on each target of any delta, and those of methods that need other ones."""
+        self._list_acting()
         for handle in self._handles:
             handle.remove()
         self._handles = []
@@ -179,26 +189,48 @@ class Deltas(nn.Module):
         """A target's output y as the deltas make it, of its input x. training: whether the target
         is in training mode, which its layers take over: model.eval() does not reach them.
         """
+        if self._rows is not None:
+            return self._act_on_rows(path, x, y, training)
+        for name, layer in self._acting.get(path, ()):
+            if layer.training != training:
+                layer.train(training)
+            changed = layer(x, y)
+            if changed.shape != y.shape:
+                raise _wrong_shape(path, name, y, changed)
+            y = changed
+        return y
+
+    def _act_on_rows(self, path: str, x: Tensor, y: Tensor, training: bool) -> Tensor:
+        """`act` where each row has its own delta."""
         for name, rows in self.acting():
             layer = self[name].layer(path)
             if layer is None:
                 continue
-            if layer.training != training:
-                layer.train(training)
-            if rows is None:
-                y = layer(x, y)
-                continue
+            layer.train(training)
             if x.size(0) != self._batch:
                 raise ValueError(
                     f"{path}: {x.size(0)} rows in the batch, and rows() was given {self._batch}"
                 )
+            assert rows is not None
             rows = rows.to(x.device)
-            y = y.index_copy(0, rows, layer(x[rows], y[rows]))
+            changed = layer(x[rows], y[rows])
+            if changed.shape[1:] != y.shape[1:]:
+                raise _wrong_shape(path, name, y, changed)
+            y = y.index_copy(0, rows, changed)
         return y
 
     def extra_repr(self) -> str:
         """The active deltas, for print()."""
         return f"active={', '.join(self.active) or 'none'}"
+
+
+def _wrong_shape(path: str, name: str, y: Tensor, changed: Tensor) -> ValueError:
+    """The error where an output was broadcast, as a loss (our head's output when it is given
+    targets) would be.
+    """
+    return ValueError(
+        f"{path}: its output is {tuple(y.shape)}, of which {name} makes {tuple(changed.shape)}"
+    )
 
 
 class _Hook:

@@ -65,6 +65,22 @@ def as_target(name: str, module: nn.Module) -> Target:
     return Target(name, module, "other")
 
 
+def outer_widths(target: Target) -> tuple[int, int] | None:
+    """Widths of a target's input and output, also of one that is no matrix itself: of a norm those
+    of its weight, of a sub-layer those of the first and of the last matrix inside, in the order in
+    which it registers them. None where they cannot be told.
+    """
+    if target.kind != "other":
+        return target.widths
+    weight = getattr(target.module, "weight", None)
+    if isinstance(weight, nn.Parameter) and len(whole_shape(weight)) == 1:
+        size = whole_shape(weight)[0]
+        return size, size
+    inside = [as_target(name, module) for name, module in target.module.named_modules()]
+    matrices = [one for one in inside if one.kind != "other"]
+    return (matrices[0].widths[0], matrices[-1].widths[1]) if matrices else None
+
+
 def layer_index(name: str) -> int | None:
     """The number of the layer that a module is in: the first part of its path that is a number."""
     return next((int(part) for part in name.split(".") if part.isdigit()), None)

@@ -113,5 +113,7 @@ def add_product(y: Tensor, h: Tensor, up: Tensor, scale: float) -> Tensor:
     """y + scale · B h in one operation. y (..., d_out), h (..., r), up is B (d_out, r)."""
     if torch.is_autocast_enabled(h.device.type) or y.dtype != h.dtype:
         return y + F.linear(h, up.to(h.dtype)).to(y.dtype) * scale
-    flat = torch.addmm(y.flatten(0, -2), h.flatten(0, -2), up.to(h.dtype).T, alpha=scale)
-    return flat.view(y.shape)
+    up = up.to(h.dtype).T
+    if y.dim() == 2:
+        return torch.addmm(y, h, up, alpha=scale)
+    return torch.addmm(y.flatten(0, -2), h.flatten(0, -2), up, alpha=scale).view(y.shape)
