@@ -123,7 +123,7 @@ def setup(run: RunConfig, data: PreparedData, loader: WindowLoader) -> Job:
         engine.skipped_before = start.skipped_steps
     log = run_dir.logger(folder if first else None)
     if first:
-        (folder / "config.yaml").write_text(run.to_yaml())
+        run_dir.write_text(folder / "config.yaml", run.to_yaml())
         run_dir.write_json(folder / "environment.json", run_dir.environment(device))
     metrics = Metrics(folder if first else None, log, start.step, run.training.max_steps)
     micro = run.training.global_batch_size // engine.accumulation // engine.world_size

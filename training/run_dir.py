@@ -48,8 +48,13 @@ def write_status(run_dir: Path, state: str, step: int, message: str | None = Non
 
 def write_json(path: Path, value: Any) -> None:
     """Writes a JSON file whole or not at all."""
+    write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a file whole or not at all."""
     aside = path.with_name(path.name + ".partial")
-    aside.write_text(json.dumps(value, indent=2) + "\n")
+    aside.write_text(text, encoding="utf-8")
     aside.replace(path)
 
 

@@ -41,6 +41,8 @@ _KINDS = {
     "training.validation_tokens": "evaluation",
     "data.final_split": "evaluation",
     "model.document_start_id": "evaluation",
+    "model.vocab_size": "evaluation",
+    "model.dropout": "optimizer",
 }
 _KIND_OF_BLOCK = {"training": "optimizer", "execution": "execution", "deepspeed": "execution"}
 
@@ -246,6 +248,7 @@ def _surroundings(every: Sequence[Subject]) -> Iterator[PageWarning]:
         return lambda subject: subject.run.environment.get(key)
 
     yield from _differing(every, "hardware", "The device", environment("device"))
+    yield from _differing(every, "hardware", "The number of cores", environment("cpu_count"))
     yield from _differing(every, "world_size", "The number of ranks", environment("world_size"))
     versions = {id(one.run): one.run.environment.get("packages") or {} for one in every}
     for package in sorted({name for found in versions.values() for name in found}):

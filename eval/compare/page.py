@@ -1,6 +1,7 @@
 """Writes the page: one HTML file with its plots in it, the plots as files, and the numbers."""
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,8 @@ def write_page(
     """
     if output.exists() and not output.is_dir():
         raise InputError(f"{output}: is a file; a folder is expected")
+    if (output / "index.html").is_dir():
+        raise InputError(f"{output / 'index.html'}: is a folder; give another --output")
     comparison = compare(arms, baseline=baseline, title=title, sweeps=sweeps or {}, notes=notes)
     drawn = plots.plots(comparison)
     files = {f"{plot.name}.png": plot.png for plot in drawn}
@@ -45,10 +48,16 @@ def write_page(
     ).encode()
     files["index.html"] = render(comparison, drawn).encode()
     output.mkdir(parents=True, exist_ok=True)
-    for name, content in files.items():
-        (output / f"{name}.partial").write_bytes(content)
-    for name in files:
-        (output / f"{name}.partial").replace(output / name)
+    aside = {name: output / f"{name}.{os.getpid()}.partial" for name in files}
+    try:
+        for name, content in files.items():
+            aside[name].write_bytes(content)
+        for name, path in aside.items():
+            path.replace(output / name)
+    finally:
+        for path in aside.values():
+            if path.is_file():
+                path.unlink()
     for name in plots.FILES:  # of a page that was here before
         if f"{name}.png" not in files:
             (output / f"{name}.png").unlink(missing_ok=True)

@@ -106,7 +106,7 @@ def _arm(name: str, runs: Sequence[Run]) -> Values:
         "parameters": model.num_parameters(),
         "parameters_non_embedding": model.num_parameters(embeddings=False),
         "flops_per_token_forward": runs[0].flops_per_token,
-        "tokens": planned_tokens(runs[0]),
+        "tokens": planned_tokens(runs[0]) if any(map(counts, runs)) else runs[0].tokens[-1],
         "training_seconds_median": medians.median(run.training_seconds[-1] for run in timed),
         "tokens_per_second_median": medians.median(speeds) if speeds else None,
         "peak_memory_bytes_max": max((size for size in memory if size), default=None),

@@ -128,15 +128,19 @@ class Run:
 
     @property
     def diverged(self) -> bool:
-        """Whether the run ended worse than it began, or not finite.
+        """Whether the run ended not finite, worse than it began, or dead.
 
-        True where train.py stopped because steps stayed without a finite loss or gradient, and
-        where the newest loss (the final score, else a validation after the last logged step, else
-        that step's training loss) is not finite, or over both the first training loss and that of
-        guessing uniformly, ln(vocab_size).
+        True where train.py stopped because steps stayed without a finite loss or gradient, and of a
+        completed run whose newest loss (the final score, else a validation after the last logged
+        step, else that step's training loss) is not finite, is over both the first training loss
+        and that of guessing uniformly, ln(vocab_size), or is the latter to 0.001, as weights that
+        have died give it. A run that ended for another reason, such as a full disk, has not
+        diverged, whatever its losses.
         """
-        if self.status["state"] == "failed" and "not finite" in str(self.status.get("message")):
-            return True
+        if self.status["state"] == "failed":
+            return "not finite" in str(self.status.get("message"))
+        if not self.completed:
+            return False
         last = self.metrics[-1]
         newest = last.get("validation_loss", last["loss"])
         if self.final is not None:
@@ -144,7 +148,7 @@ class Run:
         if newest is None or not math.isfinite(newest):
             return True
         guessing = math.log(self.config.model.vocab_size)
-        return bool(newest > max(self.losses[0] or 0.0, guessing))
+        return newest > max(self.losses[0] or 0.0, guessing) or abs(newest - guessing) < 1e-3
 
     @property
     def data_sha256(self) -> str | None:

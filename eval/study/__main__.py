@@ -8,6 +8,7 @@ shared file system, share the runs of a study; docs/comparison.md describes all 
 
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import filelock
@@ -61,13 +62,29 @@ def page(study: StudyConfig, arms: list[Arm]) -> Path:
             baseline=study.arm_names[0] if study.arm_names[0] in final else None,
             title=study.title,
             sweeps={arm.name: arm.trials for arm in arms if arm.trials and arm.final} or None,
-            notes=[
-                f"{arm.name}: {len(arm.final)} of {len(study.seeds)} final runs are over"
-                for arm in arms
-                if len(arm.final) < len(study.seeds)
-            ],
+            notes=list(_notes(study, arms)),
         )
     return folder / "index.html"
+
+
+def _notes(study: StudyConfig, arms: list[Arm]) -> Iterator[str]:
+    """What a reader of the page must know of the study."""
+    sweep = study.sweep
+    if sweep.learning_rates:
+        example = planned(study, arms[0].name, sweep.learning_rates[0], sweep.seeds[0], trial=True)
+        whole = planned(study, arms[0].name, sweep.learning_rates[0], study.seeds[0], trial=False)
+        steps, all_steps = (one.config.training.max_steps for one in (example, whole))
+        short = ": the best rate of a shorter run may be higher" if steps < all_steps else ""
+        yield (
+            f"Learning rates were chosen by the validation loss of runs of {steps:,} of "
+            f"{all_steps:,} steps, seed {', '.join(map(str, sweep.seeds))}{short}. The losses of "
+            "the sweep are theirs."
+        )
+    for arm in arms:
+        if arm.hopeless:
+            yield f"{arm.name} has no result: every learning rate of its sweep diverged."
+        elif len(arm.final) < len(study.seeds):
+            yield f"{arm.name}: {len(arm.final)} of {len(study.seeds)} final runs are over."
 
 
 def _add_options(parser: ArgumentParser) -> None:

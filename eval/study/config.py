@@ -26,7 +26,8 @@ class SweepConfig:
         seeds: A trial of each learning rate for each of them.
         max_steps: Steps of a trial; null: as in the final runs, which then are trials too where
             their seed is among these.
-        warmup_steps: Warm-up of a trial; null: as in the final runs.
+        warmup_steps: Warm-up of a trial; null: the share of max_steps that it is in the final runs.
+            So it is with the decay of schedule wsd.
         extend: How many learning rates to add beyond either end of the grid, one by one, while the
             best lies there.
     """
@@ -48,6 +49,8 @@ class SweepConfig:
         if self.extend and len(rates) < 2:
             raise ValueError("sweep.extend: a grid of one learning rate has no step; give 0")
         _require_seeds("sweep.seeds", self.seeds)
+        if self.extend < 0:
+            raise ValueError(f"sweep.extend: {self.extend}; it must be at least 0")
 
 
 @dataclass
@@ -84,16 +87,20 @@ class StudyConfig:
     def __post_init__(self) -> None:
         if not self.arms:
             raise ValueError("arms: at least one is needed")
+        if not self.run_dir:
+            raise ValueError("run_dir: it is empty; a folder is needed")
         _require_seeds("seeds", self.seeds)
         for name in self.arms:
-            if not name or "/" in name or name.startswith("."):
+            if not isinstance(name, str) or not name or "/" in name or name.startswith("."):
                 raise ValueError(f"arms: {name!r}; a name is a folder's, without /")
         named = [("only", name) for name in self.only or []]
         named += [("baseline", self.baseline)] if self.baseline is not None else []
         for key, name in named:
             if name not in self.arms:
                 raise ValueError(f"{key}: {name!r}; arms are {', '.join(self.arms)}")
-        fixed = {"run_dir", "seed"} | ({"learning_rate"} if self.sweep.learning_rates else set())
+        fixed = {"run_dir", "seed"}
+        if self.sweep.learning_rates:
+            fixed |= {"learning_rate", "min_learning_rate"}
         for where, blocks in {"base": self.base, **self.arms}.items():
             _require_blocks(where, blocks or {}, fixed)
 
@@ -172,8 +179,7 @@ def planned(
     layers = [study.base, study.arms[arm] or {}]
     if study.data is not None:
         layers.append({"data": {"path": study.data}})
-    short = {"max_steps": sweep.max_steps, "warmup_steps": sweep.warmup_steps}
-    changed = {key: value for key, value in short.items() if value is not None}
+    changed = _shortened(sweep, merged(*layers).get("training", {}))
     trial = trial and bool(changed)  # without a change a trial is a final run
     if trial:
         layers += [{"training": changed}, {"data": {"final_split": None}}]
@@ -189,6 +195,20 @@ def planned(
     except InputError as error:
         raise InputError(f"arm {arm}: {error}") from None
     return PlannedRun(name, arm, config.training.learning_rate, seed, trial, config)
+
+
+def _shortened(sweep: SweepConfig, training: Blocks) -> Blocks:
+    """What a trial has of `training` in place of a final run's."""
+    changed: Blocks = {}
+    whole = training.get("max_steps")
+    if sweep.max_steps is not None:
+        changed["max_steps"] = sweep.max_steps
+        for key in ("warmup_steps", "decay_steps") if isinstance(whole, int) else ():
+            if isinstance(training.get(key), int):
+                changed[key] = round(training[key] * sweep.max_steps / whole)
+    if sweep.warmup_steps is not None:
+        changed["warmup_steps"] = sweep.warmup_steps
+    return changed
 
 
 @cache

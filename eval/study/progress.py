@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from dataclasses import dataclass
+from pathlib import Path
 
 from data.command_line import parse_options
 from data.errors import InputError
@@ -19,7 +20,8 @@ class Arm:
     Attributes:
         name: Its name.
         trials: Runs of the sweep that are over.
-        best: The best learning rate, once all trials are over; None: there is no sweep either.
+        best: The best learning rate, once all trials are over; None: they are not, or all diverged,
+            or there is no sweep.
         final: Final runs that are over.
         waiting: Runs that can be started now.
     """
@@ -30,26 +32,47 @@ class Arm:
     final: list[Run]
     waiting: list[PlannedRun]
 
+    @property
+    def hopeless(self) -> bool:
+        """Whether every learning rate of its sweep diverged, so that it has no final runs."""
+        return bool(self.trials) and not (self.best or self.waiting)
+
+
+# Runs that have ended, by folder, with what they were compared with: a worker looks often.
+_ENDED: dict[Path, tuple[int, RunConfig, Run]] = {}
+
 
 def over(run: PlannedRun) -> Run | None:
-    """The run directory of a planned run that has ended: completed, or diverged. InputError where
+    """The run directory of a planned run that has ended: completed, or diverged. None too where its
+    files cannot be read, since train.py is at work on them or was killed there. InputError where
     the folder holds a run with other settings.
     """
-    if not (run.folder / "config.yaml").exists():
-        return None
-    _require_same(run)
     status = run.folder / "status.json"
-    state = json.loads(status.read_text())["state"] if status.exists() else None
+    try:
+        stamp = status.stat().st_mtime_ns
+        known = _ENDED.get(run.folder)
+        if known is not None and known[:2] == (stamp, run.config):
+            return known[2]
+        had, _ = parse_options(
+            RunConfig, ["--config", str(run.folder / "config.yaml")], prog="", description=""
+        )
+        state = json.loads(status.read_text(encoding="utf-8"))["state"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    _require_same(run, had)
     if state not in ("completed", "failed"):
         return None
     found = read_run(run.folder)
-    return found if state == "completed" or found.diverged else None
+    if state == "failed" and not found.diverged:
+        return None
+    _ENDED[run.folder] = (stamp, run.config, found)
+    return found
 
 
-def _require_same(run: PlannedRun) -> None:
-    had_config = run.folder / "config.yaml"
-    had, _ = parse_options(RunConfig, ["--config", str(had_config)], prog="", description="")
+def _require_same(run: PlannedRun, had: RunConfig) -> None:
     wanted, found = dataclasses.asdict(run.config), dataclasses.asdict(had)
+    for fields in (wanted, found):
+        fields["data"]["path"] = str(Path(fields["data"]["path"]).resolve())
     for block, keys in wanted.items():
         for key, value in keys.items():
             if f"{block}.{key}" not in NO_EFFECT and found[block][key] != value:
@@ -94,12 +117,15 @@ def arm_state(study: StudyConfig, name: str) -> Arm:
             tried.add(rate)
         if waiting:
             return Arm(name, trials, None, [], waiting)
-        best = optimum(trials)
-        beyond = _beyond(grid, best.trial.learning_rate, study)
-        if best.interior or beyond is None or not left:
+        best = None if all(trial.loss is None for trial in trials) else optimum(trials)
+        # Where every rate diverged a lower one may not.
+        beyond = _beyond(grid, best.trial.learning_rate if best else grid[0], study)
+        if (best is not None and best.interior) or beyond is None or not left:
             break
         left -= 1
         grid = sorted([*grid, beyond])
+    if grid and best is None:
+        return Arm(name, trials, None, [], [])
     final: list[Run] = []
     for seed in study.seeds:
         run = planned(study, name, best.trial.learning_rate if best else None, seed, trial=False)

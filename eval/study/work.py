@@ -30,6 +30,7 @@ class Worker:
         self.study, self.say, self.poll_seconds = study, say, poll_seconds
         self.child: subprocess.Popen[bytes] | None = None
         self.stopped = False
+        self.console_from = 0  # where the output of the run at work begins in its console.txt
 
     def listen(self) -> None:
         """Takes over the signals that stop a run."""
@@ -68,21 +69,26 @@ class Worker:
             lock.parent.mkdir(parents=True, exist_ok=True)
             try:
                 with filelock.FileLock(lock, timeout=0):
-                    if over(run) is None:  # it may have ended since it was listed
-                        self._run(run, len(todo))
+                    if over(run) is not None:  # it has ended since it was listed
+                        return True
+                    # train.py outlives a worker that was killed, and holds this one.
+                    run.folder.mkdir(parents=True, exist_ok=True)
+                    with filelock.FileLock(run.folder / ".lock", timeout=0):
+                        pass
+                    self._run(run, len(todo))
                     return True
             except filelock.Timeout:
                 continue
         return False
 
     def _run(self, run: PlannedRun, left: int) -> None:
-        run.folder.mkdir(parents=True, exist_ok=True)
         config = run.folder / "study.yaml"
         config.write_text(run.config.to_yaml(), encoding="utf-8")
         self.say(f"{run.name}: begins ({left} known to be left, {run.flops:.2e} FLOPs)")
         begun = time.monotonic()
         command = shlex.split(self.study.launcher) if self.study.launcher else [sys.executable]
         with (run.folder / "console.txt").open("ab") as console:
+            self.console_from = console.tell()
             # A session of its own: Ctrl-C reaches it through us, once.
             self.child = subprocess.Popen(
                 [*command, str(TRAIN), "--config", str(config)],
@@ -101,7 +107,8 @@ class Worker:
             return
         found = over(run)
         if found is None:
-            lines = (run.folder / "console.txt").read_text(errors="replace").splitlines()
+            said = (run.folder / "console.txt").read_bytes()[self.console_from :]
+            lines = said.decode(errors="replace").splitlines()
             last = " | ".join(lines[-1:] if code == USER_ERROR else lines[-LOG_LINES:])
             raise InputError(f"{run.name}: train.py ended with code {code}: {last}")
         loss = found.last_validation_loss

@@ -178,6 +178,9 @@ def test_torn_last_line_is_left_out(copies: Copies):
     assert read_run(path).metrics == whole.metrics
 
 
+FULL_DISK = {"state": "failed", "message": "no space left on device"}
+
+
 @pytest.mark.parametrize(
     ("change", "diverged"),
     [
@@ -187,6 +190,9 @@ def test_torn_last_line_is_left_out(copies: Copies):
         ({"losses": [5.0, 5.5, 5.8, 5.9, 5.9, 5.95]}, False),  # worse, under ln 400 = 5.99
         ({"losses": [6.5, 6.4, 6.4, 6.3, 6.3, 6.2]}, False),  # over it, but better
         ({"losses": [6.2, 6.5, 7.8, 8.0, 8.1, 8.0]}, True),
+        ({"losses": [6.2, 9e6, 6.0, 6.0, 6.0, 5.99147]}, True),  # uniform: ln 400 is 5.99146
+        ({"losses": [6.2, 6.5, 7.8, 8.0, 8.1, 8.0], "status": {"state": "running"}}, False),
+        ({"losses": [6.2, 6.5, 7.8, 8.0, 8.1, 8.0], "status": FULL_DISK}, False),
         ({"validation": None}, True),
         ({"validation": 9.0}, True),
         ({"final": math.nan}, True),
@@ -750,11 +756,11 @@ def test_page_that_cannot_be_written_leaves_the_old_one(made: dict[str, Any], tm
     output = tmp_path / "page"
     shutil.copytree(made["page"].parent, output)
     before = {path.name: path.read_bytes() for path in output.iterdir()}
-    (output / "index.html.partial").mkdir()
+    (output / f"index.html.{os.getpid()}.partial").mkdir()
     with pytest.raises(IsADirectoryError):
         write_page(output, {"lpa": made["arms"]["lpa"]}, title="another")
-    after = {p.name: p.read_bytes() for p in output.iterdir() if not p.name.endswith(".partial")}
-    assert after == before
+    (output / f"index.html.{os.getpid()}.partial").rmdir()
+    assert {path.name: path.read_bytes() for path in output.iterdir()} == before
 
 
 def test_page_of_one_arm_compares_with_nothing(real: Run):

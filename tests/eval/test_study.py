@@ -24,6 +24,7 @@ MODEL = {
     "vocab_size": 320, "hidden_size": 16, "intermediate_size": 32, "num_layers": 1, "num_heads": 2,
 }  # fmt: skip
 TRAINING = {"max_steps": 8, "global_batch_size": 2, "seq_len": 16, "validate_every": 4}
+OWN_RATE = {"model": MODEL, "training": TRAINING | {"learning_rate": 1e-3}}
 
 
 def study(path: Path | None = None, **changes: Any) -> StudyConfig:
@@ -47,7 +48,7 @@ def make(tmp_path: Path) -> Any:
     """Studies under a folder of their own."""
 
     def build(**changes: Any) -> StudyConfig:
-        return study(tmp_path / "study.yaml", run_dir=str(tmp_path / "study"), **changes)
+        return study(tmp_path / "study.yaml", **({"run_dir": str(tmp_path / "study")} | changes))
 
     return build
 
@@ -81,8 +82,8 @@ def test_every_arm_of_a_file_is_a_valid_run(path: Path):
         model = planned(config, arm, 1e-3, 1, trial=False).config.model
         count[arm] = model.num_parameters()
     lpa = count.get("lpa_published", 0)
-    for arm in ("lpa", "small_vanilla", "grouped_query") if lpa else ():
-        assert count.get(arm, lpa) == lpa
+    for arm in {"lpa", "small_vanilla", "grouped_query"} & set(count) if lpa else ():
+        assert count[arm] == lpa, arm
     if "lpa_equal_parameters" in count:
         assert count["lpa_equal_parameters"] == pytest.approx(count["vanilla"], rel=1e-3)
     if "small_vanilla_ffn" in count:
@@ -188,6 +189,77 @@ def test_a_trial_that_diverged_is_one_that_lost(make):
     assert (arm.best.trial.learning_rate, arm.best.interior) == (2e-3, True)
 
 
+def test_a_full_disk_is_no_divergence_whatever_the_losses(make):
+    config = make()
+    run = arm_state(config, "vanilla").waiting[0]
+    ended(run, 9.0, state="failed", message="[Errno 28] No space left on device")
+    state = arm_state(config, "vanilla")
+    assert (state.trials, run in state.waiting) == ([], True)
+
+
+@pytest.mark.parametrize("text", ["", "{"])
+@pytest.mark.parametrize("name", ["config.yaml", "status.json"])
+def test_a_file_that_is_being_written_is_of_no_run_that_is_over(make, name, text):
+    config = make()
+    run = arm_state(config, "vanilla").waiting[0]
+    ended(run, 4.0)
+    (run.folder / name).write_text(text)
+    assert run in arm_state(config, "vanilla").waiting
+
+
+def test_an_arm_that_always_diverges_has_a_lower_grid_and_then_no_result(make):
+    config = make(sweep={"learning_rates": [1e-3, 2e-3], "max_steps": 4, "extend": 2})
+    for _ in range(3):
+        for run in arm_state(config, "vanilla").waiting:
+            ended(run, None, state="failed", message="10 steps in a row are not finite")
+    arm = arm_state(config, "vanilla")
+    assert sorted(trial.learning_rate for trial in arm.trials) == [2.5e-4, 5e-4, 1e-3, 2e-3]
+    assert (arm.best, arm.final, arm.waiting, arm.hopeless) == (None, [], [], True)
+    other = arm_state(config, "lpa")
+    assert (len(other.waiting), other.hopeless) == (2, False)
+    assert not arm_state(make(sweep={}, base=OWN_RATE), "vanilla").hopeless
+
+
+def test_a_rate_below_the_grid_that_does_not_diverge_is_found(make):
+    config = make(sweep={"learning_rates": [1e-3, 2e-3], "max_steps": 4, "extend": 2})
+    for run in arm_state(config, "vanilla").waiting:
+        ended(run, None, state="failed", message="10 steps in a row are not finite")
+    for run in arm_state(config, "vanilla").waiting:
+        ended(run, 4.0)
+    assert rates(arm_state(config, "vanilla").waiting) == [2.5e-4]
+
+
+def test_a_shorter_trial_has_a_shorter_warm_up_and_decay(make):
+    training = TRAINING | {"warmup_steps": 4, "schedule": "wsd", "decay_steps": 2}
+    config = make(base={"model": MODEL, "training": training})
+    trial = planned(config, "lpa", 1e-3, 0, trial=True).config.training
+    assert (trial.max_steps, trial.warmup_steps, trial.decay_steps) == (4, 2, 1)
+    final = planned(config, "lpa", 1e-3, 1, trial=False).config.training
+    assert (final.max_steps, final.warmup_steps, final.decay_steps) == (8, 4, 2)
+    chosen = make(sweep={"learning_rates": [1e-3, 2e-3], "max_steps": 4, "warmup_steps": 3})
+    assert planned(chosen, "lpa", 1e-3, 0, trial=True).config.training.warmup_steps == 3
+
+
+def test_a_folder_has_one_name(make, tmp_path: Path):
+    (tmp_path / "data").mkdir()
+    ended(arm_state(make(data=str(tmp_path / "data")), "vanilla").waiting[0], 4.0)
+    assert len(arm_state(make(data=f"{tmp_path}/data/"), "vanilla").trials) == 1
+
+
+def test_a_run_that_outlived_its_worker_is_left_alone(make):
+    import filelock
+
+    from eval.study.work import Worker
+
+    config = make()
+    run = arm_state(config, "vanilla").waiting[0]
+    run.folder.mkdir(parents=True)
+    worker = Worker(config, print)
+    with filelock.FileLock(run.folder / ".lock", timeout=0):
+        assert not worker._take_one([run])
+    assert not (run.folder / "study.yaml").exists()
+
+
 def test_a_run_that_failed_is_run_again(make):
     config = make()
     run = arm_state(config, "vanilla").waiting[0]
@@ -240,6 +312,9 @@ def test_a_folder_of_other_settings_is_refused(make):
         ({"arms": {"a": {"r": 4}}}, r"a\.r: 4; it is a block"),
         ({"arms": {"a": {"training": {"seed": 4}}}}, r"a\.training\.seed: the study sets it"),
         ({"base": {"training": {"learning_rate": 1e-3}}}, r"base\.training\.learning_rate"),
+        ({"base": {"training": {"min_learning_rate": 1e-3}}}, r"training\.min_learning_rate"),
+        ({"run_dir": ""}, "run_dir: it is empty"),
+        ({"sweep": {"learning_rates": [1e-3, 2e-3], "extend": -1}}, r"sweep\.extend: -1"),
     ],
 )
 def test_a_study_that_cannot_be_is_refused(make, changes, message):
