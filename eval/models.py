@@ -90,7 +90,7 @@ def load(
     return scorable, tokenizer.sha256
 
 
-class _HuggingFaceTokenizer:
+class HuggingFaceTokenizer:
     """A tokenizer of Hugging Face; a document begins with BOS, or EOS where there is no BOS."""
 
     def __init__(self, tokenizer: Any, name: str) -> None:
@@ -125,7 +125,7 @@ def _hugging_face(name: str, device: torch.device, dtype: torch.dtype) -> Scorab
             f"{HUGGING_FACE}{name}: needs the package transformers; pip install transformers"
         ) from None
     try:
-        tokenizer = _HuggingFaceTokenizer(AutoTokenizer.from_pretrained(name), name)
+        tokenizer = HuggingFaceTokenizer(AutoTokenizer.from_pretrained(name), name)
         model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, use_safetensors=True)
     except (OSError, ValueError) as error:
         text = " ".join(str(error).split())

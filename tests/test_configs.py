@@ -24,7 +24,7 @@ DATA_CONFIGS = sorted((CONFIG_FOLDER / "data").glob("*.yaml"))
 NAMES = sorted(
     str(path.relative_to(CONFIG_FOLDER))
     for path in CONFIG_FOLDER.rglob("*.yaml")
-    if path not in DATA_CONFIGS
+    if path.parent.name not in ("data", "study", "tune")  # of other commands
 )
 every_config = pytest.mark.parametrize("name", NAMES)
 TWINS = ("tiny", "130m", "370m", "3b")

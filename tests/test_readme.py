@@ -23,6 +23,7 @@ PROGRAMS = (
     "train.py", "data.prepare", "eval.perplexity", "eval.generate", "kernels.aot", "kernels.bench",
     "training.suggest", "training.bench", "eval.harness", "eval.compare", "eval.study",
     "eval.analysis", "eval.throughput", "model.delta",
+    "eval.finetune", "eval.finetune.grid", "eval.finetune.table",
 )  # fmt: skip
 
 each_page = pytest.mark.parametrize("page", sorted(PAGES))

@@ -3,23 +3,30 @@
 import io
 from collections.abc import Callable
 from contextlib import nullcontext, redirect_stdout
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from model import Transformer, init_weights, initial_value
 from model.transformer import Block
 from training import distributed, full_state
 from training.clock import StepClock
-from training.config import RunConfig
+from training.config import DeepSpeedConfig, RunConfig, TrainingConfig
 from training.execution import apply_execution
 from training.optimizer import build_optimizer, set_learning_rate
 from training.product_decay import ProductDecay
 from training.schedule import learning_rate
 
 
-def deepspeed_config(run: RunConfig, world_size: int) -> dict[str, Any]:
+class Settings(Protocol):
+    """What the engine reads of a run's configuration."""
+
+    training: TrainingConfig
+    deepspeed: DeepSpeedConfig
+
+
+def deepspeed_config(run: Settings, world_size: int) -> dict[str, Any]:
     """DeepSpeed's configuration. Every key that changes what happens is written out, because
     defaults have moved between its releases; nothing in it can disagree with the YAML.
     """
@@ -53,44 +60,49 @@ def deepspeed_config(run: RunConfig, world_size: int) -> dict[str, Any]:
     }
 
 
-class Engine:
-    """One rank's part of the training: weights, optimizer and the steps on them."""
+class StepEngine:
+    """DeepSpeed around any module: optimizer steps that are left out where they are not finite.
 
-    def __init__(self, run: RunConfig, device: torch.device) -> None:
+    What is trained and how a batch becomes a loss, subclasses say: they call `initialize`, and
+    define `rate` and `loss`.
+    """
+
+    model: nn.Module
+
+    def __init__(self, run: Settings, device: torch.device) -> None:
         distributed.prepare_deepspeed()
         import deepspeed
 
         self.run, self.device = run, device
         self.world_size = distributed.world_size()
-        config = deepspeed_config(run, self.world_size)
-        self.accumulation: int = config["gradient_accumulation_steps"]
+        self.config = deepspeed_config(run, self.world_size)
+        self.accumulation: int = self.config["gradient_accumulation_steps"]
         self.sharded = run.deepspeed.zero_stage == 3
-        deepspeed.init_distributed(dist_backend=None)
-        shard = deepspeed.zero.Init(config_dict_or_path=config) if self.sharded else nullcontext()
-        with shard:
-            model = Transformer(run.model)
-        init_weights(model, run.training.seed, self.gather if self.sharded else _whole)
-        if self.sharded:
-            # A block's parameters are gathered together, by hooks on the block alone: the fused
-            # attention reads those of modules that it does not call.
-            deepspeed.utils.set_z3_leaf_modules(model, [Block])
-        adamw = build_optimizer(model, run.training)
-        with redirect_stdout(io.StringIO()):  # BF16_Optimizer prints memory statistics, always
-            self.deepspeed, self.optimizer, _, _ = deepspeed.initialize(
-                model=model, optimizer=adamw, config=config
-            )
-        self.model: Transformer = self.deepspeed.module
-        product = run.training.factor_decay == "product"
-        self.product_decay = ProductDecay(self, adamw) if product else None
+        self.product_decay: ProductDecay | None = None
         self.skipped_before = 0  # in the checkpoint that the run went on from
         self.skipped_on_device = torch.zeros((), device=device)
         self.in_a_row_on_host = 0
         self.in_a_row_on_device = torch.zeros((), device=device)
         self.in_a_row_copy = torch.zeros((), pin_memory=device.type == "cuda")
-        if config["bf16"]["enabled"]:
-            self._set_master_weights()
-        dtype = run.training.torch_dtype
-        self.plan = apply_execution(self.model, run.execution, device, dtype, training=True)
+        deepspeed.init_distributed(dist_backend=None)
+
+    def initialize(self, model: nn.Module, adamw: torch.optim.Optimizer) -> None:
+        """Hands module and optimizer to DeepSpeed."""
+        import deepspeed
+
+        with redirect_stdout(io.StringIO()):  # BF16_Optimizer prints memory statistics, always
+            self.deepspeed, self.optimizer, _, _ = deepspeed.initialize(
+                model=model, optimizer=adamw, config=self.config
+            )
+        self.model = self.deepspeed.module
+
+    def rate(self, step: int) -> float:
+        """The learning rate of optimizer step `step`, 0-based."""
+        raise NotImplementedError
+
+    def loss(self, batch: Any) -> Tensor:
+        """The loss of what `next_batch` gives, a scalar."""
+        raise NotImplementedError
 
     @staticmethod
     def gather(parameter: Tensor) -> Any:
@@ -99,25 +111,16 @@ class Engine:
 
         return deepspeed.zero.GatheredParameters([parameter], modifier_rank=0)
 
-    def _set_master_weights(self) -> None:
-        """Gives the fp32 master weights their initial values: DeepSpeed makes them from the model
-        after it was cast to bf16, so each stage would begin from weights rounded to 8 bits.
-        """
-        for name, parameter in self.model.named_parameters():
-            shape = torch.Size(getattr(parameter, "ds_shape", parameter.shape))
-            value = initial_value(self.model, name, shape, self.run.training.seed)
-            full_state.set_fp32(self, parameter, "weight", value.to(self.device))
-
     def train_step(
-        self, step: int, next_batch: Callable[[], Tensor], clock: StepClock
+        self, step: int, next_batch: Callable[[], Any], clock: StepClock
     ) -> tuple[Tensor, Any]:
-        """One optimizer step. `next_batch` gives the token ids of a micro-batch (b, seq_len + 1).
+        """One optimizer step. `next_batch` gives a micro-batch, as `loss` takes it.
 
         Returns this rank's loss of each micro-batch (accumulation,), on the device (reading it
         waits for the device), and the global norm of the gradient before clipping. Where a loss on
         any rank or the norm is not finite, the step is left out on every rank.
         """
-        rate = learning_rate(self.run.training, step)
+        rate = self.rate(step)
         set_learning_rate(self.optimizer, rate)
         if self.product_decay is not None:
             self.product_decay.arm(rate)
@@ -125,9 +128,9 @@ class Engine:
         norm: Any = None
         self.deepspeed.train()
         for _ in range(self.accumulation):
-            tokens = next_batch()
+            batch = next_batch()
             with clock.phase("forward"):
-                loss = self.deepspeed(tokens[:, :-1], tokens[:, 1:])
+                loss = self.loss(batch)
             losses.append(loss.detach())
             with clock.phase("backward"):
                 # divides by the accumulation itself
@@ -178,6 +181,54 @@ class Engine:
         and differ between ranks: it waits for no device.
         """
         return max(self.in_a_row_on_host, int(self.in_a_row_copy))
+
+
+class Engine(StepEngine):
+    """One rank's part of the training: weights, optimizer and the steps on them."""
+
+    run: RunConfig
+    model: Transformer
+
+    def __init__(self, run: RunConfig, device: torch.device) -> None:
+        super().__init__(run, device)
+        import deepspeed
+
+        shard = nullcontext()
+        if self.sharded:
+            shard = deepspeed.zero.Init(config_dict_or_path=self.config)
+        with shard:
+            model = Transformer(run.model)
+        init_weights(model, run.training.seed, self.gather if self.sharded else _whole)
+        if self.sharded:
+            # A block's parameters are gathered together, by hooks on the block alone: the fused
+            # attention reads those of modules that it does not call.
+            deepspeed.utils.set_z3_leaf_modules(model, [Block])
+        adamw = build_optimizer(model, run.training)
+        self.initialize(model, adamw)
+        if run.training.factor_decay == "product":
+            self.product_decay = ProductDecay(self, adamw)
+        if self.config["bf16"]["enabled"]:
+            self._set_master_weights()
+        dtype = run.training.torch_dtype
+        self.plan = apply_execution(self.model, run.execution, device, dtype, training=True)
+
+    def rate(self, step: int) -> float:
+        """The learning rate of optimizer step `step`, 0-based."""
+        return learning_rate(self.run.training, step)
+
+    def loss(self, batch: Tensor) -> Tensor:
+        """The mean cross-entropy of a micro-batch of token ids (b, seq_len + 1)."""
+        loss: Tensor = self.deepspeed(batch[:, :-1], batch[:, 1:])
+        return loss
+
+    def _set_master_weights(self) -> None:
+        """Gives the fp32 master weights their initial values: DeepSpeed makes them from the model
+        after it was cast to bf16, so each stage would begin from weights rounded to 8 bits.
+        """
+        for name, parameter in self.model.named_parameters():
+            shape = torch.Size(getattr(parameter, "ds_shape", parameter.shape))
+            value = initial_value(self.model, name, shape, self.run.training.seed)
+            full_state.set_fp32(self, parameter, "weight", value.to(self.device))
 
     @torch.no_grad()
     def token_losses(self, inputs: Tensor, targets: Tensor) -> Tensor:

@@ -63,25 +63,40 @@ def steps_taken(engine: Any) -> int:
     return counts.pop()
 
 
-def gather(engine: Any) -> Iterator[tuple[str, str, Tensor]]:
-    """(kind, parameter's name, whole fp32 tensor on the CPU) for every kind and parameter; only
-    rank 0 gets them, and every rank must go through all: collective.
-    """
-    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
-
-    _ensure_moments(engine)
-    state = _adamw(engine).state
+def trained(engine: Any) -> Iterator[tuple[str, Tensor]]:
+    """Names and parameters of the model that are not frozen."""
     for name, parameter in engine.model.named_parameters():
-        for kind in KINDS:
-            if engine.run.deepspeed.zero_stage == 0:
-                value = parameter if kind == "weight" else state[parameter][kind]
-            elif kind == "weight":
-                value = safe_get_full_fp32_param(parameter)
-            else:
-                value = safe_get_full_optimizer_state(parameter, kind)
+        if parameter.requires_grad:
+            yield name, parameter
+
+
+def gather(engine: Any, kinds: tuple[str, ...] = KINDS) -> Iterator[tuple[str, str, Tensor]]:
+    """(kind, parameter's name, whole fp32 tensor on the CPU) for every kind and trained parameter;
+    only rank 0 gets them, and every rank must go through all: collective.
+    """
+    _ensure_moments(engine)
+    for name, parameter in trained(engine):
+        for kind in kinds:
+            value = read_whole(engine, parameter, kind)
             if distributed.rank() == 0:
                 # A copy, also on the CPU: at stage 0 this is the live tensor.
                 yield kind, name, value.detach().to("cpu", torch.float32, copy=True).contiguous()
+
+
+def read_whole(engine: Any, parameter: Tensor, kind: str) -> Tensor:
+    """A parameter's weight or moment, whole, on every rank; at stage 0 the live tensor. Collective
+    at stages 1 to 3.
+    """
+    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+    if engine.run.deepspeed.zero_stage == 0:
+        return parameter if kind == "weight" else _adamw(engine).state[parameter][kind]
+    value: Tensor
+    if kind == "weight":
+        value = safe_get_full_fp32_param(parameter)
+    else:
+        value = safe_get_full_optimizer_state(parameter, kind)
+    return value
 
 
 def restore(engine: Any, read: Callable[[str, str], Tensor] | None, steps: int) -> None:
@@ -90,7 +105,7 @@ def restore(engine: Any, read: Callable[[str, str], Tensor] | None, steps: int) 
     """
     _ensure_moments(engine)
     state = _adamw(engine).state
-    for name, parameter in engine.model.named_parameters():
+    for name, parameter in trained(engine):
         shape = getattr(parameter, "ds_shape", parameter.shape)
         for kind in KINDS:
             value = torch.empty(shape, dtype=torch.float32, device=engine.device)
@@ -99,16 +114,28 @@ def restore(engine: Any, read: Callable[[str, str], Tensor] | None, steps: int) 
                 value.copy_(read(kind, name))
             if distributed.world_size() > 1:
                 dist.broadcast(value, src=0)
-            _set(engine, state, parameter, kind, value)
+            write_whole(engine, parameter, kind, value)
     for tensor in _stepped(engine):
         state[tensor]["step"].fill_(steps)
 
 
+def restore_weights(engine: Any, read: Callable[[str], Tensor]) -> None:
+    """Sets the trained weights alone; every rank calls it. read(name) is called on rank 0."""
+    for name, parameter in trained(engine):
+        shape = getattr(parameter, "ds_shape", parameter.shape)
+        value = torch.empty(shape, dtype=torch.float32, device=engine.device)
+        if distributed.rank() == 0:
+            value.copy_(read(name))
+        if distributed.world_size() > 1:
+            dist.broadcast(value, src=0)
+        write_whole(engine, parameter, "weight", value)
+
+
 @torch.no_grad()
-def _set(engine: Any, state: Any, parameter: Tensor, kind: str, value: Tensor) -> None:
-    """Writes one whole tensor to where it belongs on this rank."""
+def write_whole(engine: Any, parameter: Tensor, kind: str, value: Tensor) -> None:
+    """Writes one whole tensor, which all ranks have, to where it belongs on this rank."""
     if engine.run.deepspeed.zero_stage == 0:
-        (parameter if kind == "weight" else state[parameter][kind]).copy_(value)
+        read_whole(engine, parameter, kind).copy_(value)
         return
     set_fp32(engine, parameter, kind, value)
     if kind == "weight":  # what the model computes with, beside the fp32 weight

@@ -81,7 +81,7 @@ class Saver:
             if first:
                 shutil.rmtree(aside, ignore_errors=True)
                 aside.mkdir(parents=True)
-                _flush_to_disk(self.run_dir)  # the name of checkpoints/, the first time
+                flush_to_disk(self.run_dir)  # the name of checkpoints/, the first time
                 _require_space(self.engine.run.model, aside)
         tensors: Tensors = {kind: {} for kind in full_state.KINDS}
         for kind, name, value in full_state.gather(self.engine):
@@ -101,7 +101,7 @@ class Saver:
         """Rank 0's part after the gathering."""
         try:
             size = _write_files(aside, self.engine.run.model, self.tokenizer, tensors, state)
-            _put_in_place(aside, self.folder)
+            put_in_place(aside, self.folder)
             checkpoint.prune(self.run_dir, self.keep, self.keep_every)
         except Exception as error:
             self.error = error
@@ -184,29 +184,30 @@ def _write_files(
     safetensors.torch.save_file(moments, aside / "optimizer.safetensors")
     listed, total = {}, 0
     for path in sorted(aside.iterdir()):
-        _flush_to_disk(path)
+        flush_to_disk(path)
         size = path.stat().st_size
         listed[path.name] = {"bytes": size, "sha256": sha256_file(path)}
         total += size
     checkpoint.write_state(
         aside, {"format_version": checkpoint.FORMAT_VERSION, **state, "files": listed}
     )
-    _flush_to_disk(aside / "checkpoint.json")
-    _flush_to_disk(aside)  # the folder: its names
+    flush_to_disk(aside / "checkpoint.json")
+    flush_to_disk(aside)  # the folder: its names
     return total
 
 
-def _put_in_place(aside: Path, folder: Path) -> None:
+def put_in_place(aside: Path, folder: Path) -> None:
     """Gives a complete checkpoint its name."""
     replaced = folder.with_name(folder.name + ".replaced")
     if folder.exists():  # saved once more: the old one goes when the new one is there
         folder.rename(replaced)
     aside.rename(folder)
-    _flush_to_disk(folder.parent)
+    flush_to_disk(folder.parent)
     shutil.rmtree(replaced, ignore_errors=True)
 
 
-def _flush_to_disk(path: Path) -> None:
+def flush_to_disk(path: Path) -> None:
+    """Waits until a file, or the names in a folder, are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,0 +1,241 @@
+"""Fine-tuning as a command: launchers, ZeRO stages on two ranks, peft, Hugging Face, the grid."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+import yaml
+
+from data.errors import InputError
+from eval.finetune.attach import after_step, attach, parameter_counts
+from eval.finetune.grid import GridConfig, describe, merged, planned, run_grid
+from eval.finetune.heads import TaskModel, run
+from eval.finetune.table import collect, table
+from eval.finetune.tasks import GLUE
+from eval.finetune.texts import collate
+from tests.conftest import BIN, Runs, finish, free_port
+from tests.eval.test_finetune import (  # noqa: F401  # fixtures
+    DEFINE,
+    LORA,
+    SORA,
+    WORDS,
+    backbone,
+    device,
+    tasks,
+)
+from tests.eval.test_finetune_parts import CPU, ROWS, small, tokenizer  # noqa: F401
+
+
+@pytest.fixture
+def options(backbone: Path, tasks: Path, tmp_path: Path) -> Any:  # noqa: F811
+    """A YAML of a short run."""
+
+    def write(name: str, **changes: Any) -> Path:
+        fields = {
+            "backbone": str(backbone), "run_dir": str(tmp_path / name), "tasks": ["words"],
+            "data": str(tasks), "define": DEFINE, "delta": SORA, "sparsity": {"strength": 6.0},
+            "texts": {"max_length": 40, "end": ""},
+            "tuning": {"epochs": 3, "batch_size": 16, "learning_rate": 1e-2, "log_every": 1},
+        }  # fmt: skip
+        path = tmp_path / f"{name}.yaml"
+        path.write_text(yaml.safe_dump(fields | changes))
+        return path
+
+    return write
+
+
+COMMAND = ["-m", "eval.finetune", "--config"]
+
+
+def test_wrong_input_is_one_line_and_exit_code_2(options: Any, runs: Runs):
+    config = options("wrong", tasks=["colla"])
+    _, err = finish(runs.launch([sys.executable, *COMMAND, str(config)]), code=2)
+    assert err.splitlines()[-1].startswith("error: tasks: 'colla'; known are cola, sst2")
+    assert "Traceback" not in err
+
+
+@pytest.mark.slow
+def test_every_zero_stage_on_two_ranks_trains_what_one_process_does(
+    options: Any, runs: Runs, tmp_path: Path
+):
+    """Weights, gates and metrics: the proximal step reaches the fp32 values that ZeRO keeps."""
+    config = str(options("sora"))
+    finish(runs.launch([sys.executable, *COMMAND, config]), timeout=400)
+    for stage in range(4):
+        launcher = [str(BIN / "torchrun"), "--nproc_per_node=2", f"--master_port={free_port()}"]
+        place = ["--run_dir", str(tmp_path / str(stage)), "--deepspeed.zero_stage", str(stage)]
+        finish(runs.launch([*launcher, *COMMAND, config, *place]), timeout=400)
+    one, *others = (tmp_path / name / "words" / "seed-0" for name in ("sora", "0", "1", "2", "3"))
+    expected = safetensors.torch.load_file(one / "best" / "trained.safetensors")
+    closed = {name: value == 0 for name, value in expected.items() if name.endswith(".gate")}
+    assert sum(int(one.sum()) for one in closed.values()) > 0
+    for other in others:
+        found = safetensors.torch.load_file(other / "best" / "trained.safetensors")
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+        assert all(torch.equal(found[name] == 0, value) for name, value in closed.items())
+        ranks = [json.loads((run / "ranks.json").read_text()) for run in (one, other)]
+        assert ranks[0] == ranks[1]
+
+
+@pytest.mark.slow
+def test_deepspeed_launches_it(options: Any, runs: Runs, tmp_path: Path):
+    config = options("launched", deepspeed={"zero_stage": 2}, delta=LORA, sparsity={})
+    launcher = [str(BIN / "deepspeed"), "--num_gpus=2", f"--master_port={free_port()}"]
+    finish(runs.launch([*launcher, "--module", *COMMAND[1:], str(config)]), timeout=400)
+    result = json.loads((tmp_path / "launched" / "words" / "seed-0" / "result.json").read_text())
+    assert (result["world_size"], result["zero_stage"]) == (2, 2)
+    assert result["test"]["accuracy"] >= 0.95
+
+
+# --- peft and Hugging Face -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["LORA", "ADALORA", "IA3", "VERA"])
+def test_peft_trains_our_backbone(tokenizer: Any, kind: str):  # noqa: F811
+    pytest.importorskip("peft")
+    fields: dict[str, Any] = {
+        "LORA": {"r": 4},
+        "ADALORA": {"init_r": 4, "target_r": 2, "total_step": 10, "tinit": 1, "tfinal": 2},
+        "IA3": {"feedforward_modules": ["down_proj"]},
+        "VERA": {"r": 4},
+    }[kind]
+    model = TaskModel(small(tokenizer), GLUE["cola"], 0)
+    before = run(model, collate(ROWS, CPU)).detach()
+    targets = ["gate_proj", "down_proj"] if kind == "IA3" else ["gate_proj", "up_proj"]
+    attach(model, {"method": "peft", "peft_type": kind, "target_modules": targets, **fields}, 0)
+    torch.testing.assert_close(run(model, collate(ROWS, CPU)).detach(), before)
+    counts = parameter_counts(model)
+    assert counts["delta"] > 0
+    assert counts["backbone"] == 0
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=0.1)
+    for step in range(3):
+        run(model, collate(ROWS, CPU)).pow(2).sum().backward()
+        optimizer.step()
+        after_step(model, step)
+        optimizer.zero_grad()
+    assert not torch.equal(run(model, collate(ROWS, CPU)), before)
+
+
+@pytest.mark.parametrize(
+    ("delta", "message"),
+    [
+        ({"peft_type": "LORRA"}, r"delta\.peft_type: 'LORRA'; allowed are"),
+        ({"peft_type": "LORA", "rr": 3}, "rr"),
+        ({"peft_type": "LORA", "target_modules": ["nowhere"]}, "nowhere"),
+    ],
+)
+def test_what_peft_refuses_is_one_line(tokenizer: Any, delta: dict[str, Any], message: str):  # noqa: F811
+    pytest.importorskip("peft")
+    model = TaskModel(small(tokenizer), GLUE["cola"], 0)
+    with pytest.raises(InputError, match=message):
+        attach(model, {"method": "peft", **delta}, 0)
+
+
+@pytest.mark.slow
+def test_a_model_of_hugging_face_is_tuned(options: Any, runs: Runs, tmp_path: Path, prepared: Path):
+    """GPT-2's shape, saved in a folder; its names of modules, its tokenizer."""
+    transformers = pytest.importorskip("transformers")
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = [
+        "<s>",
+        "<unk>",
+        *["the", "of", "and", "module", "for", "with", "is", "not", "yes", "zero"],
+    ]
+    vocabulary = models.WordLevel({word: i for i, word in enumerate(words)}, "<unk>")
+    made = Tokenizer(vocabulary)
+    made.pre_tokenizer = pre_tokenizers.Whitespace()
+    folder = tmp_path / "gpt2"
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=made, bos_token="<s>", eos_token="<s>", unk_token="<unk>"
+    ).save_pretrained(folder)
+    config = transformers.GPT2Config(
+        vocab_size=len(words), n_positions=64, n_embd=32, n_layer=2, n_head=2
+    )
+    torch.manual_seed(0)
+    transformers.GPT2LMHeadModel(config).save_pretrained(folder)
+    delta = {"method": "lora", "r": 4, "targets": ["c_attn", "c_fc"]}
+    path = options("hf", backbone=f"hf:{folder}", delta=delta, sparsity={})
+    finish(runs.launch([sys.executable, *COMMAND, str(path)]), timeout=400)
+    result = json.loads((tmp_path / "hf" / "words" / "seed-0" / "result.json").read_text())
+    assert result["test"]["accuracy"] >= 0.95
+
+
+# --- grid and table ------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def grid(backbone: Path, tasks: Path, tmp_path: Path) -> GridConfig:  # noqa: F811
+    base = {
+        "tasks": ["words", "numbers"], "data": str(tasks), "define": DEFINE, "seeds": [0, 1],
+        "texts": {"max_length": 40, "end": ""},
+        "tuning": {"epochs": 1, "batch_size": 32, "learning_rate": 1e-2},
+    }  # fmt: skip
+    methods = {
+        "sora": {"delta": SORA, "sparsity": {"strength": 1.0}},
+        "head": {"delta": {"method": "head"}, "tuning": {"learning_rate": 0.5}},
+    }
+    return GridConfig(str(tmp_path / "grid"), {"tiny": str(backbone)}, methods, base)
+
+
+def test_a_grid_is_run_once_and_makes_a_table(grid: GridConfig, device: torch.device):  # noqa: F811
+    order = [(method, task, seed) for _, method, _, task, seed in planned(grid)]
+    assert order[:4] == [
+        ("sora", "words", 0), ("head", "words", 0), ("sora", "numbers", 0), ("head", "numbers", 0),
+    ]  # fmt: skip
+    assert "8 of 8 runs are left" in describe(grid)
+    assert run_grid(grid)
+    times = [path.stat().st_mtime_ns for path in Path(grid.run_dir).glob("**/best.json")]
+    assert run_grid(grid)
+    assert times == [p.stat().st_mtime_ns for p in Path(grid.run_dir).glob("**/best.json")]
+    assert "0 of 8 runs are left" in describe(grid)
+    rows = collect([Path(grid.run_dir)])
+    assert [row.name for row in rows] == ["tiny/head", "tiny/sora"]
+    text = table(rows)
+    assert "| words (accuracy) |" in text.replace("  ", "")
+    result = json.loads((Path(grid.run_dir) / "tiny/head/words/result.json").read_text())
+    accuracy = result["test"]["accuracy"]
+    assert f"{100 * accuracy['mean']:.1f} ± {100 * accuracy['sd']:.1f}" in text
+
+
+def test_cost_counts_passes_tokens_and_stages(grid: GridConfig):
+    """By hand for one run of the head: 1 forward pass over 96 and 32 + 32 texts."""
+    from eval.finetune.cost import cost_of, lengths_of
+
+    configs = {method: c for _, method, c, task, seed in planned(grid) if task == "words"}
+    lengths = lengths_of(configs["head"], "words")
+    cost = cost_of(configs["head"], "words", lengths)
+    assert cost.steps == 3
+    assert cost.tokens == sum(lengths.train)
+    assert cost.scored == sum(lengths.val) + sum(lengths.test)
+    model, mean = lengths.model, round(sum(lengths.train) / 96)
+    d, r, ffn = 32, 8, 48
+    forward = 2 * (2 * (8 * d * r + 3 * d * ffn) + 4 * d * (mean + 1) / 2)
+    assert forward == model.flops_per_token(mean) - 2 * d * 400
+    assert cost.flops == forward * (cost.tokens + cost.scored)
+    assert cost_of(configs["sora"], "words", lengths).flops == forward * (
+        2 * cost.tokens + cost.scored
+    )
+
+
+def test_blocks_are_merged_and_a_delta_is_replaced():
+    base = {"tuning": {"epochs": 1, "seeds": 2}, "delta": {"method": "lora", "r": 4}}
+    changed = merged(base, {"tuning": {"epochs": 3}, "delta": {"method": "head"}})
+    assert changed == {"tuning": {"epochs": 3, "seeds": 2}, "delta": {"method": "head"}}
+
+
+def test_results_of_different_configurations_make_no_mean(grid: GridConfig, device: torch.device):  # noqa: F811
+    grid.methods = {"head": grid.methods["head"]}
+    grid.base = {**grid.base, "tasks": ["words"]}
+    assert run_grid(grid)
+    path = Path(grid.run_dir) / "tiny/head/words/seed-1/result.json"
+    result = json.loads(path.read_text())
+    result["identity"]["tuning"]["epochs"] = 9
+    path.write_text(json.dumps(result))
+    with pytest.raises(InputError, match="tuning differs between seeds"):
+        collect([Path(grid.run_dir)])
