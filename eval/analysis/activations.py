@@ -11,6 +11,7 @@ from torch.utils.hooks import RemovableHandle
 from data.errors import InputError
 from eval.analysis.spectrum import Spectrum
 from model import ModelConfig, Transformer
+from model.shape import Shape
 
 MICRO_BATCH = 8  # windows in one forward pass
 
@@ -70,11 +71,20 @@ class Moments:
         return self.centred() + torch.outer(self.mean, self.mean)
 
 
-def bounds(config: ModelConfig) -> dict[str, int]:
-    """The largest rank that the covariance of each site can have.
+def _moves(shape: Shape) -> bool:
+    """Whether a bias is added to the output: that of a dense W is, wherever a product has it."""
+    return shape.bias == "output" or (shape.bias == "latent" and shape.rank is None)
+
+
+def bounds(config: ModelConfig, centred: bool) -> dict[str, int]:
+    """The largest rank that the second moment of each site can have, centred (the covariance) or
+    not.
 
     The output of a product B·A stays within the columns of B, whatever stands between the factors.
-    A head's output is a mean of its values, and lies where they do.
+    A head's output is a weighted mean of its values, in at most min(head_dim, rank of v)
+    dimensions; each head has its own weights, so these add up over the heads. A linear o_proj
+    cannot have more than its input. A bias on the output of W or B moves all by one vector, which
+    is one dimension more unless it is centred away.
     """
     assert config.head_dim is not None
     shapes, d = config.block_projections(), config.hidden_size
@@ -82,16 +92,21 @@ def bounds(config: ModelConfig) -> dict[str, int]:
         name: min(shape.rank or shape.d_in, shape.d_in, shape.d_out)
         for name, shape in shapes.items()
     }
+    moved = {name: not centred and _moves(shape) for name, shape in shapes.items()}
+    heads, o = config.num_heads * min(config.head_dim, most["v_proj"]), shapes["o_proj"]
+    curved = o.rank is not None and o.latent_silu
+    output = most["o_proj"] if curved else min(most["o_proj"], heads)
+    width = config.num_heads * config.head_dim
     return {
         "attention_input": d,
-        "q": most["q_proj"],
-        "k": most["k_proj"],
-        "v": most["v_proj"],
-        "heads": config.num_heads * min(config.head_dim, most["v_proj"]),
-        "attention_output": most["o_proj"],
+        **{
+            n: min(most[f"{n}_proj"] + moved[f"{n}_proj"], shapes[f"{n}_proj"].d_out) for n in "qkv"
+        },
+        "heads": min(heads + moved["v_proj"], width),
+        "attention_output": min(output + (moved["v_proj"] or moved["o_proj"]), d),
         "ffn_input": d,
         "ffn_hidden": config.intermediate_size,
-        "ffn_output": most["down_proj"],
+        "ffn_output": min(most["down_proj"] + moved["down_proj"], d),
         "residual": d,
     }
 
@@ -158,13 +173,13 @@ def activation_spectra(
     model: Transformer, tokens: Tensor, seq_len: int
 ) -> dict[str, list[dict[str, Spectrum]]]:
     """ "centred" and "uncentred": for each layer the spectrum of each site's second moment."""
-    most = bounds(model.config)
+    most = {kind: bounds(model.config, kind == "centred") for kind in ("centred", "uncentred")}
     found: dict[str, list[dict[str, Spectrum]]] = {"centred": [], "uncentred": []}
     for layer in activation_moments(model, tokens, seq_len):
         centred = {name: layer[name].centred() for name in SITES}
         uncentred = {name: layer[name].uncentred() for name in SITES}
         for kind, moments in (("centred", centred), ("uncentred", uncentred)):
             found[kind].append(
-                {name: Spectrum.of_moment(moment, most[name]) for name, moment in moments.items()}
+                {name: Spectrum.of_moment(one, most[kind][name]) for name, one in moments.items()}
             )
     return found

@@ -49,14 +49,13 @@ def environment(device: torch.device, argv: Sequence[str]) -> dict[str, Any]:
 
 
 def save(options: Options, result: Row) -> None:
-    """The JSON, and of a sweep the CSV and the plot beside it."""
+    """The JSON, and the CSV and the plot beside it."""
     if options.output is None:
         return
     path = Path(options.output)
     run_dir.write_json(path, result)
-    if options.sweep:
-        output.replace(path.with_suffix(".csv"), output.as_csv(result["cells"]).encode())
-        output.replace(path.with_suffix(".png"), output.as_png(result["cells"]))
+    output.replace(path.with_suffix(".csv"), output.as_csv(result["cells"]).encode())
+    output.replace(path.with_suffix(".png"), output.as_png(result["cells"]))
 
 
 def run(

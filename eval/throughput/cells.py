@@ -30,9 +30,12 @@ from eval.throughput.sides import (
 from model.execution import Plan
 from training import distributed, hardware
 from training.bench.measure import Row
+from training.bench.processes import ProgramError
 from training.config import RunConfig
 
 OUT_OF_MEMORY = "out of memory"
+# torch raises a plain RuntimeError for it, and the process that measures memory leaves its text.
+_CPU_REFUSED = "DefaultCPUAllocator: can't allocate memory"
 Runs = Mapping[str, RunConfig]
 
 
@@ -56,15 +59,17 @@ def _unequal(options: Options, runs: Runs, plans: Mapping[str, Plan]) -> dict[st
 
 
 def measure_cell(options: Options, cell: Cell, runs: Runs, device: torch.device) -> Row:
-    """A cell's results; where one process alone runs out of a GPU's memory, a row that says so.
+    """A cell's results; where one process alone runs out of memory, a row that says so.
 
     With several ranks that is an InputError: others may wait for this one for ever.
     """
     row: Row = {"cell": asdict(cell), "runs": as_json(runs), "started_unix_seconds": time.time()}
     try:
         return row | {"status": "ok", "message": None} | _measured(options, cell, runs, device)
-    except torch.OutOfMemoryError as error:
-        message = str(error).partition("\n")[0]
+    except (RuntimeError, ProgramError) as error:
+        message = _out_of_memory(error)
+        if message is None:
+            raise
     # Out here the error, and with it the frames that hold tensors, is gone.
     release(device)
     if distributed.world_size() > 1:
@@ -72,6 +77,15 @@ def measure_cell(options: Options, cell: Cell, runs: Runs, device: torch.device)
         failure.any_rank = True
         raise failure
     return row | {"status": OUT_OF_MEMORY, "message": message}
+
+
+def _out_of_memory(error: Exception) -> str | None:
+    """The line that says so, of a GPU or of a CPU; None where it is another error."""
+    text = str(error)
+    if isinstance(error, torch.OutOfMemoryError):
+        return text.partition("\n")[0]
+    at = text.find(_CPU_REFUSED)
+    return None if at < 0 else text[at:].partition("\n")[0]
 
 
 def _measured(options: Options, cell: Cell, runs: Runs, device: torch.device) -> Row:

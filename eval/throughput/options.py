@@ -77,6 +77,16 @@ class Options:
         """The longest that a round of mode decode is; 0 in the others."""
         return max(self.steps, self.warm_up) if self.mode == "decode" else 0
 
+    def from_anywhere(self) -> "Options":
+        """The same with the paths of the YAML files absolute, for a process in another folder."""
+
+        def absolute(file: str) -> str:
+            return str(Path(file).absolute()) if Path(file).is_file() else file
+
+        return dataclasses.replace(
+            self, config=absolute(self.config), baseline=absolute(self.baseline)
+        )
+
     def measured(self) -> dict[str, Any]:
         """The settings that a result depends on, but for its cell."""
         fields = dataclasses.asdict(self)
@@ -149,7 +159,7 @@ def _parser() -> _Parser:
     add("--micro_batch_sizes", **several, help="sweep: values of --micro_batch_size")
     add("--kernels", nargs="+", choices=kernels, help="sweep: values of execution.kernels")
     add("--compile", nargs="+", choices=COMPILE, help="sweep: of execution.compile; true is on")
-    add("--output", help="a JSON file for the result; of a sweep also .csv and .png beside it")
+    add("--output", help="a JSON file for the result; .csv and .png go beside it")
     add("--local_rank", type=int, help="set by `deepspeed`")
     return parser
 
@@ -170,10 +180,22 @@ def parse(argv: Sequence[str]) -> Options:
     for name in ("seq_len", "micro_batch_size", *GRID):
         values.pop(name)
     values["steps"] = values["steps"] or MODES[found.mode]
-    require_folder_of(found.output)
-    if found.output and Path(found.output).suffix != ".json":
-        raise InputError(f"--output {found.output}: the name must end in .json")
+    if found.output is not None:
+        _check_output(found.output)
     return Options(**values, blocks=rest)
+
+
+def _check_output(output: str) -> None:
+    """InputError where a result could not be written there, or CSV and plot beside it."""
+    require_folder_of(output)
+    path = Path(output)
+    if path.suffix != ".json":
+        raise InputError(f"--output {output}: the name must end in .json")
+    for ending in (".json", ".csv", ".png"):
+        if path.with_suffix(ending).is_dir():
+            raise InputError(
+                f"--output {output}: {path.with_suffix(ending)} is a folder; a file is expected"
+            )
 
 
 def _cells(values: dict[str, Any]) -> list[Cell]:

@@ -1,4 +1,4 @@
-"""What is printed, and the CSV and the plot of a sweep."""
+"""What is printed, and the CSV and the plot."""
 
 import csv
 import io
@@ -8,7 +8,7 @@ from typing import Any
 
 from tabulate import tabulate
 
-from eval.throughput.comparison import PHASES
+from eval.throughput.comparison import LEAST_ROUNDS, PHASES
 from eval.throughput.options import Cell
 from training.bench.measure import Row
 
@@ -49,6 +49,22 @@ def _interval(found: Row | None, form: str) -> str:
     return f"{found['ratio']:{form}} ({found['low']:{form}} to {found['high']:{form}})"
 
 
+def _too_few(rounds: int) -> list[str]:
+    """A line where the intervals are no 95 % intervals."""
+    if rounds >= LEAST_ROUNDS:
+        return []
+    return [f"{rounds} rounds are too few for 95 % intervals: give --rounds {LEAST_ROUNDS} or more"]
+
+
+def _saved(found: Row) -> str:
+    """What is saved of the time and of the FLOPs."""
+    limit, reached = found["saved_flops_share"], found["share_reached"]
+    return (
+        f"time saved {_interval(found['saved_time_share'], '.1%')}; FLOPs saved {limit:.1%}"
+        f"{', the limit' if limit > 0 else ''}; share reached {_interval(reached, '.2f')}"
+    )
+
+
 def _lines(mode: str, row: Row) -> dict[str, str]:
     """One side's column of the table of a cell."""
     low, high = row["tokens_per_second_p10"], row["tokens_per_second_p90"]
@@ -71,7 +87,7 @@ def cell_text(mode: str, cell: Row) -> str:
     """One comparison: both sides, what is saved, and what ran where."""
     title = Cell(**cell["cell"]).name()
     if cell["status"] != "ok":
-        return f"{title}: {cell['status']}: {cell['message']}"
+        return ": ".join(filter(None, (title, cell["status"], cell["message"])))
     sides, found = list(cell["sides"].values()), cell["comparison"]
     first, second = (_lines(mode, side) for side in sides)
     table = [[what, first[what], second[what]] for what in first]
@@ -84,10 +100,10 @@ def cell_text(mode: str, cell: Row) -> str:
     text += [
         f"median of {rounds} rounds, both sides in turn (p10 to p90); models in memory: "
         f"{cell['resident']}; memory: {own['memory_is'] or 'not measured'}{loss}",
-        f"tokens/s, ratio {_interval(found['tokens_per_second_ratio'], '.3f')}; 95 % intervals",
-        f"time saved {_interval(found['saved_time_share'], '.1%')}; FLOPs saved "
-        f"{found['saved_flops_share']:.1%}, the limit; share reached "
-        f"{_interval(found['share_reached'], '.2f')}",
+        f"tokens/s, ratio {_interval(found['tokens_per_second_ratio'], '.3f')}; "
+        f"{'95 % ' if rounds >= LEAST_ROUNDS else ''}intervals",
+        *_too_few(rounds),
+        _saved(found),
         *(f"{side['name']}: {line}" for side in sides for line in side["plan"]),
     ]
     for label, key in (("NOT EQUAL", "unequal"), ("models differ", "model_differences")):
@@ -115,7 +131,9 @@ def sweep_text(cells: Sequence[Row]) -> str:
     done = next((cell["sides"] for cell in cells if cell["status"] == "ok"), None)
     names = [f"{side['name']}, tokens/s" for side in done.values()] if done else ["", ""]
     heads = ["cell", *names, "ratio", "time saved", "FLOP limit", "share reached", "MiB"]
-    return tabulate(rows, heads, disable_numparse=True, colalign=("left", *["right"] * 7))
+    table = tabulate(rows, heads, disable_numparse=True, colalign=("left", *["right"] * 7))
+    rounds = [c["comparison"]["time_ratio"]["rounds"] for c in cells if c["status"] == "ok"]
+    return "\n".join([table, *(_too_few(min(rounds)) if rounds else [])])
 
 
 def as_csv(cells: Sequence[Row]) -> str:
@@ -123,7 +141,16 @@ def as_csv(cells: Sequence[Row]) -> str:
     file = io.StringIO()
     ratios = [f"{name}{end}" for name in _RATIOS for end in ("", "_low", "_high")]
     coordinates = [f"cell_{key}" for key in Cell.__dataclass_fields__]
-    heads = [*coordinates, "status", "side", *_SIDE_KEYS, "saved_flops_share", *ratios, "unequal"]
+    heads = [
+        *coordinates,
+        "status",
+        "side",
+        *_SIDE_KEYS,
+        "saved_flops_share",
+        *ratios,
+        "rounds",
+        "unequal",
+    ]
     writer = csv.DictWriter(file, heads, lineterminator="\n")
     writer.writeheader()
     for cell in cells:
@@ -133,6 +160,7 @@ def as_csv(cells: Sequence[Row]) -> str:
             continue
         found = cell["comparison"]
         common |= {"saved_flops_share": found["saved_flops_share"]}
+        common["rounds"] = found["time_ratio"]["rounds"]
         common["unequal"] = " ".join(cell["unequal"])
         for name in _RATIOS:
             if found[name] is not None:
@@ -169,10 +197,10 @@ def as_png(cells: Sequence[Row]) -> bytes:
 
 def _label(cell: Row) -> str:
     """Under the bars of a cell."""
-    name = Cell(**cell["cell"]).name().replace(", ", "\n")
-    if cell["status"] != "ok":
-        return f"{name}\n{cell['status']}"
-    return f"{name}\ntime saved {cell['comparison']['saved_time_share']['ratio']:.1%}"
+    name, says = Cell(**cell["cell"]).name().replace(", ", "\n"), cell["status"]
+    if says == "ok":
+        says = f"time saved {cell['comparison']['saved_time_share']['ratio']:.1%}"
+    return "\n".join(filter(None, (name, says)))
 
 
 def replace(path: Path, content: bytes) -> None:

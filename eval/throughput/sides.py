@@ -187,7 +187,8 @@ def resident_memory_alone(side: str, options: Options, cell: Cell, below: int) -
     The peak of this process would be that of whatever was the largest in it so far.
     """
     ranks, port = distributed.world_size(), processes.free_port()
-    task = {"side": side, "options": asdict(options), "cell": asdict(cell), "below": below}
+    there = asdict(options.from_anywhere())  # it starts in the repository's root
+    task = {"side": side, "options": there, "cell": asdict(cell), "below": below}
     with tempfile.TemporaryDirectory() as folder:
         outputs = [str(Path(folder) / f"{rank}.json") for rank in range(ranks)]
         module = ("-m", "eval.throughput.alone", json.dumps(task))

@@ -255,10 +255,44 @@ def test_activations_are_those_of_an_independent_forward_pass(r: int | None):
             covariance = torch.cov(x.T, correction=0)
             torch.testing.assert_close(moments.centred(), covariance, rtol=1e-4, atol=1e-6)
             torch.testing.assert_close(moments.uncentred(), x.T @ x / len(x), rtol=1e-4, atol=1e-6)
-            bound = bounds(model.config)[name]
+            bound = bounds(model.config, centred=True)[name]
             assert Spectrum.of_moment(covariance, bound).energies[bound:].sum() < 1e-9
     hooks = [m._forward_hooks or m._forward_pre_hooks for m in model.modules()]
     assert not any(hooks), "hooks are taken off again"
+
+
+@pytest.mark.parametrize(
+    ("changes", "outputs"),
+    [
+        ({"r": Ranks(v=4)}, (16, 16)),  # four heads of a dense o_proj have 4 dimensions each
+        ({"r": Ranks(v=4, o=9)}, (9, 9)),
+        ({"r": Ranks(v=4), "num_kv_heads": 2}, (16, 16)),
+        ({"r": Ranks(v=11)}, (32, 32)),
+        ({"r": Ranks(v=2, o=20)}, (8, 8)),
+        ({"r": Ranks(v=2, o=20), "latent_activation": "silu"}, (20, 20)),  # it is curved
+        ({"r": Ranks(v=4, ffn=5), "family": "paper-1"}, (16, 17)),
+        ({"r": Ranks(q=5, k=5, o=5), "family": "paper-1"}, (5, 6)),
+        ({"r": None, "family": "paper-1", "head_dim": 4}, (16, 17)),
+    ],
+    ids=str,
+)
+def test_bounds_are_the_least(changes: dict[str, Any], outputs: tuple[int, int]):
+    """Each is the rank that random weights and biases reach, found in float64."""
+    fields = {"hidden_size": 32, "num_kv_heads": 4, "num_layers": 1, "dropout": 0.0}
+    model = tiny(**fields | changes).double()
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        parameter.data = torch.randn(parameter.shape, generator=generator).double() / 2
+    tokens = torch.randint(50, (640,), generator=generator)
+    (moments,) = activation_moments(model, tokens, 16)
+    for centred, output in zip((True, False), outputs, strict=True):
+        most = bounds(model.config, centred)
+        assert most["attention_output"] == output
+        for name in ("q", "k", "v", "heads", "attention_output", "ffn_output"):
+            moment = moments[name].centred() if centred else moments[name].uncentred()
+            spectrum = Spectrum.of_moment(moment, most[name])
+            reached = int((spectrum.energies > 1e-13 * spectrum.energies[0]).sum())
+            assert reached == most[name], (name, centred)
 
 
 def test_what_is_not_finite_is_refused():
@@ -445,6 +479,8 @@ def test_the_other_family(trained: Path, tmp_path: Path):
     assert list(run["shapes"]) == list(run["checkpoints"][1]["weights"]["by_layer"][0])
     assert "gate_proj" not in run["shapes"]
     assert 'data-name="down_proj"' in page.render(analysis_of(run), [])
+    ranks = [run["ranks"][kind]["attention_output"]["bound"] for kind in ("centred", "uncentred")]
+    assert ranks == [5, 6]  # the bias of o_proj
 
 
 def test_interrupted_writing_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

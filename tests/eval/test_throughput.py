@@ -25,6 +25,7 @@ from eval.throughput.cells import runs_of
 from eval.throughput.comparison import compare, flops_per_token, side_row
 from eval.throughput.conditions import conditions, require_equal
 from eval.throughput.options import Cell, Options, parse, run_of, side_names
+from eval.throughput.output import cell_text, sweep_text
 from eval.throughput.sides import Side, choose_resident, measure, resident_memory_alone
 from eval.throughput.workload import random_tokens
 from model import ModelConfig
@@ -161,6 +162,43 @@ def test_a_comparison_by_hand():
     same = compare(own, twice)
     assert same["time_ratio"]["ratio"] == 1
     assert same["share_reached"] is None
+
+
+def table_of(comparison: dict[str, Any], side: dict[str, Any]) -> str:
+    """What is printed of a comparison of a side with itself."""
+    keys = (
+        "peak_memory_bytes",
+        "memory_is",
+        "loss_nats_per_token",
+        "parameters",
+        "steps_before_loss",
+    )
+    side = dict.fromkeys(keys) | side | {"parameters": 1, "tokens_before_loss": 1, "plan": []}
+    cell = {"cell": {}, "status": "ok", "resident": "both", "unequal": {}, "model_differences": {}}
+    cell |= {"sides": {"config": side, "baseline": side}, "comparison": comparison}
+    line = sweep_text([cell]).splitlines()[-1]
+    assert ("too few" in line) == comparison["too_few_rounds_for_95_percent"]
+    return cell_text("evaluate", cell)
+
+
+def test_no_share_is_reached_where_no_flops_are_saved():
+    more, less = (side_row("one", rounds_of(1, 2), 100, f, None) for f in (80.0, 60.0))
+    found = compare(more, less)
+    assert found["saved_flops_share"] == pytest.approx(-1 / 3)
+    assert found["share_reached"] is None
+    assert "FLOPs saved -33.3%; share reached n/a" in table_of(found, more)
+    assert "FLOPs saved 25.0%, the limit; share reached 0.00" in table_of(compare(less, more), less)
+
+
+@pytest.mark.parametrize("rounds", [5, 6])
+def test_few_rounds_have_no_95_percent_interval(rounds: int):
+    side = side_row("one", rounds_of(*range(1, rounds + 1)), 100, 60.0, None)
+    found = compare(side, side)
+    assert found["too_few_rounds_for_95_percent"] == (rounds == 5)
+    said = "5 rounds are too few for 95 % intervals: give --rounds 6 or more"
+    shown = table_of(found, side)
+    assert (said in shown) == (rounds == 5)
+    assert ("; 95 % intervals" in shown) == (rounds == 6)
 
 
 def test_flops_of_a_token():
@@ -371,6 +409,12 @@ def test_inference_from_end_to_end(
     shown = capsys.readouterr().out
     for part in ("lpa", "vanilla", "tokens/s", "share reached", "kernels: plain torch"):
         assert part in shown
+    with (pair.folder / "out.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["side"], row["rounds"]) for row in rows] == [("config", "2"), ("baseline", "2")]
+    speeds = [side["tokens_per_second"] for side in cell["sides"].values()]
+    assert [float(row["tokens_per_second"]) for row in rows] == speeds
+    assert (pair.folder / "out.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_evaluation_is_that_of_the_model(pair: Pair):
@@ -431,8 +475,11 @@ def test_training_of_both_sides_learns_from_the_same_tokens(compared: Any):
     assert losses[0] != losses[1]
 
 
-def test_resident_memory_of_one_side(pair: Pair):
-    found = resident_memory_alone("config", pair.parse("--mode", "prefill"), Cell(), 64)
+def test_resident_memory_of_one_side(pair: Pair, monkeypatch: pytest.MonkeyPatch):
+    """The process starts in the repository's root, the paths are from somewhere else."""
+    monkeypatch.chdir(pair.folder)
+    options = ["--config", "lpa.yaml", "--baseline", "vanilla.yaml", "--mode", "prefill"]
+    found = resident_memory_alone("config", parse(options), Cell(), 64)
     assert found["peak_memory_bytes"] >= found["before_building_bytes"] > 2**26
 
 
@@ -592,6 +639,38 @@ def test_a_cell_out_of_memory_is_a_row(
     assert pair.run(*sweep)["cells"] == result["cells"]  # such a cell is finished as well
 
 
+def test_memory_of_a_cpu_runs_out(pair: Pair, monkeypatch: pytest.MonkeyPatch):
+    """By an allocation that this machine refuses; of a single comparison too."""
+
+    def full(self: inference.Evaluate) -> None:
+        torch.empty(2**60, dtype=torch.uint8)
+
+    monkeypatch.setattr(inference.Evaluate, "step", full)
+    (cell,) = pair.run()["cells"]
+    assert cell["status"] == "out of memory"
+    assert cell["message"].startswith("DefaultCPUAllocator: can't allocate memory: you tried to")
+    assert (pair.folder / "out.png").read_bytes().startswith(b"\x89PNG")
+
+    def wrong(self: inference.Evaluate) -> None:
+        raise RuntimeError("shapes do not fit")
+
+    monkeypatch.setattr(inference.Evaluate, "step", wrong)
+    with pytest.raises(RuntimeError, match="shapes do not fit"):
+        pair.run()
+
+
+@pytest.mark.slow
+def test_the_process_that_measures_memory_runs_out_of_it(pair: Pair):
+    output = pair.folder / "out.json"
+    width = 2**26  # for which no machine has the memory
+    sizes = ["--model.hidden_size", str(width), "--model.intermediate_size", str(width)]
+    argv = [*pair.options, "--mode", "evaluate", "--sequences", "4", *sizes]
+    assert main([*argv, "--output", str(output)]) == 0
+    (cell,) = json.loads(output.read_text())["cells"]
+    assert cell["status"] == "out of memory"
+    assert cell["message"].startswith("DefaultCPUAllocator: can't allocate memory")
+
+
 def test_an_interrupted_sweep_goes_on(pair: Pair, monkeypatch: pytest.MonkeyPatch):
     step, sweep = inference.Evaluate.step, ("--sweep", "--micro_batch_sizes", "2", "4")
 
@@ -669,6 +748,16 @@ def test_bad_input_is_one_line(pair: Pair, arguments: list[str], expected: list[
     assert "\n" not in str(caught.value)
     for part in expected:
         assert part in str(caught.value)
+
+
+@pytest.mark.parametrize("ending", ["json", "csv", "png"])
+def test_an_output_that_is_a_folder_is_refused(pair: Pair, ending: str):
+    folder, output = pair.folder / f"out.{ending}", pair.folder / "out.json"
+    folder.mkdir()
+    with pytest.raises(InputError) as caught:
+        pair.parse("--output", str(output))
+    expected = f"--output {output}: {folder} is a folder; a file is expected"
+    assert str(caught.value) == expected
 
 
 def test_a_missing_file_is_named_with_its_option(pair: Pair):
