@@ -632,7 +632,7 @@ def test_an_unwritable_folder_is_refused(
 def test_the_interpreter_is_refused(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(triton.knobs.runtime, "interpret", True)  # what the variable comes to
     with pytest.raises(SystemExit) as left:
         command.main([])
     assert left.value.code == 2
