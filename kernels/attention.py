@@ -11,6 +11,7 @@ softmax(q kᵀ / √D + mask) v, causal: query i of T sees keys up to i + S - T 
 
 import functools
 import importlib.util
+import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal
@@ -162,3 +163,24 @@ def attend(q: Tensor, k: Tensor, v: Tensor, backend: Backend = "auto", mask: Mas
             q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=grouped
         )
     return y.transpose(1, 2)
+
+
+def attend_latents(q: Tensor, k: Tensor, h: Tensor, mask: Mask = None) -> Tensor:
+    """softmax(q kᵀ / √D + mask) h: the weights of each head over latents that all heads share.
+
+    q (B, T, H, D), k (B, S, H_kv, D), h (B, S, r) -> (B, T, H, r). A value v = B_v h is linear in
+    h, so B_v may follow the sum over keys instead of going before it (DeepSeek-V2, 2024, section
+    2.1.2). Holds the weights (B, H, T, S) in memory; mask as in `attend`, but none of flex.
+    """
+    if mask is not None and not isinstance(mask, Tensor):
+        raise ValueError("attention: flex does not compute over a cache of latents; use auto")
+    new, seen, wide = q.size(1), k.size(1), torch.promote_types(q.dtype, torch.float32)
+    grouped = q.unflatten(2, (k.size(2), -1))  # (B, T, H_kv, G, D)
+    scores = torch.einsum("btkgd,bskd->bkgts", grouped, k).to(wide) / math.sqrt(q.size(3))
+    if mask is not None:
+        scores = scores + mask[:, None]  # (B, 1, 1, T, S)
+    elif new > 1:
+        hidden = torch.ones(new, seen, dtype=torch.bool, device=q.device).triu(seen - new + 1)
+        scores = scores.masked_fill(hidden, -torch.inf)
+    weights = scores.softmax(dim=-1).to(h.dtype).flatten(1, 3)  # (B, H · T, S)
+    return (weights @ h).unflatten(1, (q.size(2), new)).transpose(1, 2)

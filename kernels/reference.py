@@ -38,9 +38,10 @@ def rotary_table(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotates the pairs (x_i, x_{i+D/2}) ("rotate half", the order of Llama checkpoints).
 
-    x (B, T, H, D), cos and sin (T, D/2) -> (B, T, H, D).
+    x (B, T, H, D), cos and sin (T, D/2), or (B, T, D/2) where rows are at positions of their own
+    -> (B, T, H, D).
     """
-    cos, sin = cos[:, None, :], sin[:, None, :]  # (T, 1, D/2), the same for every head
+    cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)  # (…, T, 1, D/2), the same for every head
     first, second = x.to(torch.promote_types(x.dtype, torch.float32)).chunk(2, dim=-1)
     rotated = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
     return rotated.to(x.dtype)

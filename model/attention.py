@@ -1,67 +1,14 @@
-"""Causal self-attention with grouped-query heads, rotary positions, and the key/value cache for
-generation.
-"""
-
-from typing import NamedTuple
+"""Causal self-attention with grouped-query heads and rotary positions."""
 
 import torch
 from torch import Tensor, nn
 
 from kernels import ops, reference
-from kernels.attention import Backend, Mask, attend
+from kernels.attention import Backend, Mask, attend, attend_latents
+from model.cache import LayerCache, Rotary
 from model.config import ModelConfig
 from model.norm import RMSNorm
 from model.projection import Dense, LowDim, plain, projection
-
-Rotary = tuple[Tensor, Tensor]
-
-
-class LayerCache(NamedTuple):
-    """One layer's part of a KVCache: keys and values (B, capacity, H_kv, D), of which `length`
-    tokens are filled.
-    """
-
-    keys: Tensor
-    values: Tensor
-    length: int
-
-    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Stores k and v (B, T, H_kv, D) behind what is there; returns all of both so far."""
-        end = self.length + k.size(1)
-        if end > self.keys.size(1):
-            raise ValueError(f"the cache holds {self.keys.size(1)} tokens, {end} are needed")
-        self.keys[:, self.length : end] = k
-        self.values[:, self.length : end] = v
-        return self.keys[:, :end], self.values[:, :end]
-
-
-class KVCache:
-    """Keys and values of the tokens seen so far, per layer, in memory allocated once.
-
-    Holds 2 · num_layers tensors (B, capacity, num_kv_heads, head_dim). `length` is the number of
-    tokens stored; Transformer.forward advances it after the last layer. With document masking it
-    also holds the number of the document of each token, (B, capacity).
-    """
-
-    def __init__(
-        self,
-        config: ModelConfig,
-        batch: int,
-        capacity: int,
-        device: torch.device,
-        dtype: torch.dtype,
-    ) -> None:
-        assert config.num_kv_heads is not None
-        assert config.head_dim is not None
-        shape = (config.num_layers, batch, capacity, config.num_kv_heads, config.head_dim)
-        self.keys = torch.empty(shape, device=device, dtype=dtype)
-        self.values = torch.empty(shape, device=device, dtype=dtype)
-        self.documents = torch.zeros(batch, capacity, device=device, dtype=torch.long)
-        self.length = 0
-
-    def layer(self, index: int) -> LayerCache:
-        """The part of a layer."""
-        return LayerCache(self.keys[index], self.values[index], self.length)
 
 
 class Attention(nn.Module):
@@ -91,14 +38,18 @@ class Attention(nn.Module):
         """x (B, T, d), normalised -> (B, T, d). rotary: cos and sin (T, D/2), None where positions
         are learned. mask: as kernels.attention takes it.
         """
-        q = self.q_proj(x).unflatten(-1, (-1, self.head_dim))  # (B, T, H, D)
-        k = self.k_proj(x).unflatten(-1, (-1, self.head_dim))  # (B, T, H_kv, D)
+        q = self._heads(self.q_proj(x), self.q_norm, rotary)  # (B, T, H, D)
+        if cache is not None and cache.form != "full":
+            return self.o_proj(self._attend_latents(x, q, rotary, mask, cache))
+        k = self._heads(self.k_proj(x), self.k_norm, rotary)  # (B, T, H_kv, D)
         v = self.v_proj(x).unflatten(-1, (-1, self.head_dim))  # (B, T, H_kv, D)
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        if rotary is not None:
-            q, k = reference.apply_rotary(q, *rotary), reference.apply_rotary(k, *rotary)
         return self.o_proj(self._attend(q, k, v, mask, cache))
+
+    def _heads(self, x: Tensor, norm: RMSNorm | None, rotary: Rotary | None) -> Tensor:
+        """The heads of queries or keys (B, T, H · D), normalised and rotated -> (B, T, H, D)."""
+        x = x.unflatten(-1, (-1, self.head_dim))
+        x = x if norm is None else norm(x)
+        return x if rotary is None else reference.apply_rotary(x, *rotary)
 
     def fused(
         self,
@@ -152,6 +103,39 @@ class Attention(nn.Module):
         if cache is not None:
             k, v = cache.append(k, v)
         return attend(q, k, v, self.backend, mask).flatten(2)
+
+    def _attend_latents(
+        self, x: Tensor, q: Tensor, rotary: Rotary | None, mask: Mask, cache: LayerCache
+    ) -> Tensor:
+        """Attention of (B, T, H, D) queries over a cache of latents -> (B, T, H · D)."""
+        v_proj, k_proj = self._factors("v_proj"), self.k_proj
+        if cache.form == "latent":
+            k_proj = self._factors("k_proj")
+            latents, h = cache.append(k_proj.down(x), v_proj.down(x))  # (B, S, r_k), (B, S, r_v)
+            k = self._heads(k_proj.up(latents), self.k_norm, cache.rotary)
+        else:
+            k, h = cache.append(self._heads(k_proj(x), self.k_norm, rotary), v_proj.down(x))
+        new, heads, groups = q.size(1), q.size(2), k.size(2)
+        # Multiply-adds for each key: rebuilt values r · groups · D + new · heads · D, against
+        # new · heads · r where B follows the sum.
+        if new * heads * (v_proj.rank - self.head_dim) > v_proj.rank * groups * self.head_dim:
+            v = v_proj.up(h).unflatten(-1, (-1, self.head_dim))  # (B, S, H_kv, D)
+            return attend(q, k, v, self.backend, mask).flatten(2)
+        summed = attend_latents(q, k, h, mask).unflatten(2, (groups, -1))  # (B, T, H_kv, G, r)
+        B = v_proj.B.to(summed.dtype).unflatten(0, (groups, -1))  # (H_kv, D, r)
+        return torch.einsum("btkgr,kdr->btkgd", summed, B).flatten(2)
+
+    def _factors(self, name: str) -> LowDim:
+        """A projection whose latents are cached. ValueError where its calls are watched, as deltas
+        do: what a hook adds to the output is no function of the latent.
+        """
+        layer = getattr(self, name)
+        if not isinstance(layer, LowDim) or not plain(layer, LowDim):
+            raise ValueError(
+                f"cache: latents of {name} need a low-dimensional projection without hooks; merge "
+                "the delta first, or use the full cache"
+            )
+        return layer
 
 
 def _weight(layer: Dense | LowDim) -> Tensor:

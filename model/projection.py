@@ -51,11 +51,20 @@ class LowDim(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x (..., d_in) -> (..., d_out)."""
         if self.latent_norm is not None or self.latent_silu:
-            latent = F.linear(x, self.A, self.bias_A)
-            latent = F.silu(latent) if self.latent_silu else self.normalised(latent)
-            return F.linear(latent, self.B, self.bias_B)
+            return self.up(self.down(x))
         linear = ops.low_dim_linear if self.fused else reference.low_dim_linear
         return linear(x, self.A, self.B, self.bias_A, self.bias_B)
+
+    def down(self, x: Tensor) -> Tensor:
+        """What enters B of x (..., d_in): the latent (..., r), normalised or activated where the
+        layer does so.
+        """
+        latent = F.linear(x, self.A, self.bias_A)
+        return F.silu(latent) if self.latent_silu else self.normalised(latent)
+
+    def up(self, latent: Tensor) -> Tensor:
+        """The output (..., d_out) of what enters B, (..., r)."""
+        return F.linear(latent, self.B, self.bias_B)
 
     def normalised(self, latent: Tensor) -> Tensor:
         """What enters B of a latent (..., r), which is A x + bias_A: the latent itself where there

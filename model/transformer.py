@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from kernels import reference
 from kernels.attention import Mask, backend_context, document_mask
 from kernels.cross_entropy import linear_cross_entropy
-from model.attention import Attention, KVCache, LayerCache, Rotary
+from model.attention import Attention
+from model.cache import KVCache, LayerCache, Rotary
 from model.config import ModelConfig
 from model.execution import Execution
 from model.feed_forward import FeedForward
@@ -86,7 +87,11 @@ class Block(nn.Module):
     ) -> Tensor:
         """x and what attention adds to it."""
         dropping = self.training and self.dropout.p > 0
-        if self.fused and rotary is not None and not dropping and self.fusible():
+        plain_cache = cache is None or cache.form == "full"
+        # The operators take one table of positions for all rows.
+        shared = rotary is not None and rotary[0].dim() == 2
+        if self.fused and shared and plain_cache and not dropping and self.fusible():
+            assert rotary is not None
             norm = cast(RMSNorm, self.attention_norm)
             return self.attention.fused(x, norm.weight, norm.eps, rotary, mask, cache)
         if self.norm_first:
@@ -158,22 +163,24 @@ class Transformer(nn.Module):
         targets: Tensor | None = None,
         reduction: str = "mean",
         cache: KVCache | None = None,
+        last: bool = False,
     ) -> Tensor:
         """Logits (B, T, vocab_size) in float32, or with targets (B, T) the cross-entropy in nats.
 
         reduction "mean" gives the mean over the targets that are not -100, "none" the loss of each
         token (B, T), 0 where the target is -100. With a cache, input_ids continue what it holds.
+        last: logits of the last position alone, (B, 1, vocab_size).
         ValueError where the sequence is longer than max_seq_len.
         """
         start = cache.length if cache is not None else 0
-        length = input_ids.size(1)
-        if start + length > self.config.max_seq_len:
+        end = start + input_ids.size(1)
+        longest = end - (cache.least_padding if cache is not None else 0)
+        if longest > self.config.max_seq_len:
             raise ValueError(
-                f"a sequence of {start + length} tokens is longer than model.max_seq_len "
+                f"a sequence of {longest} tokens is longer than model.max_seq_len "
                 f"{self.config.max_seq_len}"
             )
-        positions = torch.arange(start, start + length, device=input_ids.device)
-        x, rotary = self._embed(input_ids, positions)
+        x, rotary, past = self._embed(input_ids, cache, start, end)
         mask = self._document_mask(input_ids, cache, x)
         random = self.config.dropout != 0 and self.training
         with backend_context(self.execution.attention, x.device):
@@ -181,33 +188,51 @@ class Transformer(nn.Module):
                 if cache is None and self.execution.recomputes(index):
                     x = recomputed(block, x, rotary, mask, random=random)
                 else:
-                    x = block(x, rotary, mask, cache.layer(index) if cache is not None else None)
+                    part = cache.layer(index, past) if cache is not None else None
+                    x = block(x, rotary, mask, part)
         if cache is not None:
-            cache.length += length
-        result: Tensor = self.lm_head(self.final_norm(x), targets, reduction)
+            cache.length = end
+        x = self.final_norm(x)
+        result: Tensor = self.lm_head(x[:, -1:] if last else x, targets, reduction)
         return result.float()
 
-    def _embed(self, input_ids: Tensor, positions: Tensor) -> tuple[Tensor, Rotary | None]:
+    def _embed(
+        self, input_ids: Tensor, cache: KVCache | None, start: int, end: int
+    ) -> tuple[Tensor, Rotary | None, Rotary | None]:
+        """Inputs of the first block (B, T, d), the rotary table of these positions, and that of all
+        so far where the cache has to rebuild keys.
+        """
+        first = 0 if cache is not None and cache.form == "latent" else start
+        if cache is None:
+            positions = torch.arange(start, end, device=input_ids.device)
+        else:
+            positions = cache.positions(first, end)  # (S,) or (B, S)
         x = self.token_embedding(input_ids)  # (B, T, d)
         if self.position_embedding is not None:
-            return x + self.position_embedding(positions), None
+            return x + self.position_embedding(positions[..., start - first :]), None, None
         assert self.config.head_dim is not None
-        return x, reference.rotary_table(positions, self.config.head_dim, self.config.rope_theta)
+        table = reference.rotary_table(positions, self.config.head_dim, self.config.rope_theta)
+        new = (table[0][..., start - first :, :], table[1][..., start - first :, :])
+        return x, new, table
 
     def _document_mask(self, input_ids: Tensor, cache: KVCache | None, x: Tensor) -> Mask:
-        """The mask that keeps attention within documents; None where the model has none."""
-        if self.config.document_start_id is None:
+        """The mask that keeps attention within documents, of which padding is one more; None where
+        there is neither.
+        """
+        padding = None if cache is None else cache.padding
+        if self.config.document_start_id is None and padding is None:
             return None
-        kind = x.device.type
+        kind, backend = x.device.type, self.execution.attention
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-        queries = (input_ids == self.config.document_start_id).cumsum(dim=1)  # (B, T)
-        if cache is None:
-            return document_mask(queries, queries, self.execution.attention, dtype)
-        end = cache.length + input_ids.size(1)
-        if cache.length:
-            queries = queries + cache.documents[:, cache.length - 1, None]
-        cache.documents[:, cache.length : end] = queries
-        return document_mask(queries, cache.documents[:, :end], self.execution.attention, dtype)
+        begins = torch.zeros_like(input_ids)
+        if self.config.document_start_id is not None:
+            begins = (input_ids == self.config.document_start_id).long()
+        if padding is not None and backend in ("flash", "flash_attn"):
+            raise ValueError(f"attention: {backend} takes no mask, which padded rows need")
+        if cache is not None:
+            return document_mask(*cache.numbered(begins), backend, dtype)
+        queries = begins.cumsum(dim=1)  # (B, T)
+        return document_mask(queries, queries, backend, dtype)
 
 
 @torch.no_grad()

@@ -25,7 +25,8 @@ def main() -> None:
         distributed.prepare_deepspeed()  # imports it: that memory is not the model's
     before = peak_memory_bytes(device)
     run = run_of(task["side"], options, cell, distributed.world_size())
-    side = Side(task["side"], lambda: workload(options, run, device, task["below"]), device)
+    form = cell.form(task["side"])
+    side = Side(task["side"], lambda: workload(options, run, device, task["below"], form), device)
     side.open(options.warm_up)
     found = {"peak_memory_bytes": peak_memory_bytes(device), "before_building_bytes": before}
     write_json(output, found)

@@ -21,12 +21,14 @@ from eval.throughput.conditions import (
 from eval.throughput.options import Cell, Options, run_of, side_names
 from eval.throughput.sides import (
     Side,
+    cache_of,
     choose_resident,
     measure,
     release,
     resident_memory_alone,
     workload,
 )
+from model.cache import cached_shapes
 from model.execution import Plan
 from training import distributed, hardware
 from training.bench.measure import Row
@@ -46,6 +48,11 @@ def runs_of(options: Options, cell: Cell, device: torch.device) -> dict[str, Run
     """
     world = distributed.world_size()
     runs = {side: run_of(side, options, cell, world) for side in ("config", "baseline")}
+    for side, run in runs.items():
+        try:
+            cached_shapes(run.model, cell.form(side))
+        except ValueError as error:
+            raise InputError(f"--{error}") from None
     training = options.mode == "train"
     plans = {side: expected_plan(run, device, training) for side, run in runs.items()}
     _unequal(options, runs, plans)
@@ -93,9 +100,11 @@ def _measured(options: Options, cell: Cell, runs: Runs, device: torch.device) ->
     names, world = side_names(options), distributed.world_size()
     below = min(run.model.vocab_size for run in runs.values())
     alone = {side: _alone(side, options, cell, below, device) for side in runs}
-    resident = choose_resident(options, runs, device, world)
+    resident = choose_resident(options, cell, runs, device)
     sides = {
-        name: Side(names[name], partial(workload, options, run, device, below), device)
+        name: Side(
+            names[name], partial(workload, options, run, device, below, cell.form(name)), device
+        )
         for name, run in runs.items()
     }
     measure(sides, options, resident)
@@ -105,10 +114,12 @@ def _measured(options: Options, cell: Cell, runs: Runs, device: torch.device) ->
     rows = {}
     for name, side in sides.items():
         run = runs[name]
-        flops = flops_per_token(run.model, options.mode, run.training.seq_len, options.steps)
+        form = cell.form(name)
+        flops = flops_per_token(run.model, options.mode, run.training.seq_len, options.steps, form)
         rows[name] = (
             side_row(side.name, side.rounds, side.tokens_per_step, flops, peak and peak * world)
             | _about(options, run, side)
+            | cache_of(options, run, form, device)
             | (alone[name] or _allocated(options, side, device))
         )
     return {

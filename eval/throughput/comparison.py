@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from eval.throughput.workload import Round
+from model.cache import CacheForm, added_flops
 from model.config import ModelConfig
 from training.bench.measure import Row, measurement, ratio
 
@@ -12,15 +13,19 @@ PHASES = ("forward", "backward", "optimizer")
 LEAST_ROUNDS = 6
 
 
-def flops_per_token(model: ModelConfig, mode: str, seq_len: int, steps: int) -> float:
+def flops_per_token(
+    model: ModelConfig, mode: str, seq_len: int, steps: int, form: CacheForm = "full"
+) -> float:
     """FLOPs of a token in the work that is timed, by ModelConfig.flops_per_token: of the factors,
     three times the forward pass in training.
 
     decode: of the `steps` tokens that follow `seq_len`. Token i of them, from 1, sees seq_len + i
-    keys, on average seq_len + (steps + 1) / 2, as a query of a prompt of 2 · seq_len + steps does.
+    keys, on average seq_len + (steps + 1) / 2, as a query of a prompt of 2 · seq_len + steps does;
+    and what the form of the cache adds to that.
     """
     if mode == "decode":
-        return model.flops_per_token(2 * seq_len + steps)
+        more = added_flops(model, form, seq_len + (steps + 1) / 2)
+        return model.flops_per_token(2 * seq_len + steps) + more
     return (3 if mode == "train" else 1) * model.flops_per_token(seq_len)
 
 

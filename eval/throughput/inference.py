@@ -7,16 +7,16 @@ from torch import Tensor
 
 from eval.throughput.workload import Round, plain_model, random_tokens, timed
 from model import Transformer
-from model.attention import KVCache
+from model.cache import CacheForm, KVCache
 from training.config import RunConfig
 
 _CHUNK = 256  # tokens of a forward pass that fills a cache: its logits stay small
 
 
-def new_cache(model: Transformer, batch: int, capacity: int) -> KVCache:
-    """An empty cache for generation: keys and values in full."""
+def new_cache(model: Transformer, batch: int, capacity: int, form: CacheForm) -> KVCache:
+    """An empty cache for generation."""
     weight = model.lm_head.weight
-    return KVCache(model.config, batch, capacity, weight.device, weight.dtype)
+    return KVCache(model.config, batch, capacity, weight.device, weight.dtype, form)
 
 
 class Inference:
@@ -78,16 +78,16 @@ class Evaluate(Inference):
 class Prefill(Inference):
     """A step is a prompt through the model into an empty cache, and its first token."""
 
-    def __init__(self, run: RunConfig, device: torch.device, below: int) -> None:
+    def __init__(self, run: RunConfig, device: torch.device, below: int, form: CacheForm) -> None:
         super().__init__(run, device, below)
         self.prompt = self.tokens(0)
-        self.cache = new_cache(self.model, self.batch, self.seq_len)
+        self.cache = new_cache(self.model, self.batch, self.seq_len, form)
         self.tokens_per_step = self.batch * self.seq_len
 
     def step(self) -> None:
         """One prompt."""
         self.cache.length = 0
-        self.last = self.model(self.prompt, cache=self.cache)[:, -1]
+        self.last = self.model(self.prompt, cache=self.cache, last=True)[:, -1]
         self.last.argmax(dim=-1)
 
 
@@ -96,13 +96,15 @@ class Decode(Inference):
     seq_len random tokens in the cache and has at most `longest` steps.
     """
 
-    def __init__(self, run: RunConfig, device: torch.device, below: int, longest: int) -> None:
+    def __init__(
+        self, run: RunConfig, device: torch.device, below: int, longest: int, form: CacheForm
+    ) -> None:
         super().__init__(run, device, below)
-        self.cache = new_cache(self.model, self.batch, self.seq_len + longest)
+        self.cache = new_cache(self.model, self.batch, self.seq_len + longest, form)
         self.tokens_per_step = self.batch
         with torch.no_grad():
             for chunk in self.tokens(0).split(_CHUNK, dim=1):
-                logits = self.model(chunk, cache=self.cache)
+                logits = self.model(chunk, cache=self.cache, last=True)
         self.first = logits[:, -1:].argmax(dim=-1)  # (batch, 1)
 
     def begin(self) -> None:

@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 
 from data.command_line import parse_options
 from data.errors import InputError, require_folder_of
+from model.cache import CacheForm
 from model.execution import Execution
 from training.config import CONFIG_FOLDER, RunConfig
 
@@ -18,7 +19,8 @@ PROG = "python -m eval.throughput"
 # What a step is in each mode, and how many make a round where --steps does not say.
 MODES = {"train": 5, "evaluate": 1, "prefill": 3, "decode": 32}
 COMPILE = {"true": "on", "false": "off", "on": "on", "off": "off", "auto": "auto"}
-GRID = ("seq_lens", "micro_batch_sizes", "kernels", "compile")
+CACHES = ("full", "value_latent", "latent")
+GRID = ("seq_lens", "micro_batch_sizes", "kernels", "compile", "caches")
 _BLOCKS = ("--model.", "--deepspeed.", "--execution.")
 
 
@@ -30,6 +32,11 @@ class Cell:
     micro_batch_size: int | None = None
     kernels: str | None = None
     compile: str | None = None
+    cache: CacheForm | None = None
+
+    def form(self, side: str) -> CacheForm:
+        """The form of a side's cache; the baseline has the full one."""
+        return self.cache or "full" if side == "config" else "full"
 
     def options(self) -> list[str]:
         """As options of a run."""
@@ -47,6 +54,7 @@ class Cell:
         parts += [f"{self.micro_batch_size} sequences" if self.micro_batch_size else ""]
         parts += [f"kernels {self.kernels}" if self.kernels else ""]
         parts += [f"compile {self.compile}" if self.compile else ""]
+        parts += [f"cache {self.cache}" if self.cache else ""]
         return ", ".join(filter(None, parts))
 
 
@@ -135,6 +143,8 @@ def _parser() -> _Parser:
         "--sequences; a prompt to its first token; a new token for each sequence",
         "seq_len": "tokens of a sequence; prefill: of a prompt; decode: in the cache at the start "
         "(default: the YAML's)",
+        "cache": "what the first model's cache keeps, in modes prefill and decode (full); the "
+        "baseline's is full",
         "resident": "whether both models stay in memory, or each is built for its turn; auto: both "
         "where they fit, by the formula of --dry-run",
     }
@@ -145,6 +155,7 @@ def _parser() -> _Parser:
     add("--micro_batch_size", type=one, help="sequences at once (default: the YAML's)")
     add("--accumulation", type=one, default=1, help="train: micro-batches of a step (1)")
     add("--sequences", type=one, default=64, help="evaluate: sequences of a pass (64)")
+    add("--cache", choices=CACHES, help=text["cache"])
     add("--precision", choices=("fp32", "bf16"), help="default: the YAML's")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: the GPU, if any")
     add("--rounds", type=many, default=10, help="turns of each model (10)")
@@ -159,6 +170,7 @@ def _parser() -> _Parser:
     add("--micro_batch_sizes", **several, help="sweep: values of --micro_batch_size")
     add("--kernels", nargs="+", choices=kernels, help="sweep: values of execution.kernels")
     add("--compile", nargs="+", choices=COMPILE, help="sweep: of execution.compile; true is on")
+    add("--caches", nargs="+", choices=CACHES, help="sweep: values of --cache")
     add("--output", help="a JSON file for the result; .csv and .png go beside it")
     add("--local_rank", type=int, help="set by `deepspeed`")
     return parser
@@ -177,7 +189,9 @@ def parse(argv: Sequence[str]) -> Options:
     values = vars(found)
     del values["local_rank"]
     values["cells"] = _cells(values)
-    for name in ("seq_len", "micro_batch_size", *GRID):
+    if found.mode not in ("prefill", "decode") and any(cell.cache for cell in values["cells"]):
+        raise InputError(f"--cache: for modes prefill and decode; --mode is {found.mode}")
+    for name in ("seq_len", "micro_batch_size", "cache", *GRID):
         values.pop(name)
     values["steps"] = values["steps"] or MODES[found.mode]
     if found.output is not None:
@@ -204,11 +218,15 @@ def _cells(values: dict[str, Any]) -> list[Cell]:
     if not values["sweep"]:
         if given:
             raise InputError(f"--{given[0]}: a list is for --sweep, which is not given")
-        return [Cell(values["seq_len"], values["micro_batch_size"])]
+        return [Cell(values["seq_len"], values["micro_batch_size"], cache=values["cache"])]
     if not given:
         names = ", ".join(f"--{name}" for name in GRID)
         raise InputError(f"--sweep: needs at least one of {names}")
-    for name, plural in (("seq_len", "seq_lens"), ("micro_batch_size", "micro_batch_sizes")):
+    for name, plural in (
+        ("seq_len", "seq_lens"),
+        ("micro_batch_size", "micro_batch_sizes"),
+        ("cache", "caches"),
+    ):
         if values[name] and values[plural]:
             raise InputError(f"--{name} {values[name]}: --{plural} is given too; give one of them")
     lists = (
@@ -216,6 +234,7 @@ def _cells(values: dict[str, Any]) -> list[Cell]:
         values["micro_batch_sizes"] or [values["micro_batch_size"]],
         values["kernels"] or [None],
         [COMPILE[value] for value in values["compile"]] if values["compile"] else [None],
+        values["caches"] or [values["cache"]],
     )
     return list(dict.fromkeys(Cell(*one) for one in itertools.product(*lists)))
 

@@ -24,6 +24,7 @@ _SIDE_KEYS = (
     "forward_seconds_median", "backward_seconds_median", "optimizer_seconds_median",
     "tokens_per_step", "flops_per_token", "mfu", "peak_memory_bytes", "memory_is", "parameters",
     "micro_batch_size", "seq_len", "precision", "loss_nats_per_token",
+    "cache", "cache_bytes_per_token", "longest_context_tokens",
 )  # fmt: skip
 _RATIOS = ("time_ratio", "tokens_per_second_ratio", "saved_time_share", "share_reached")
 
@@ -74,6 +75,12 @@ def _lines(mode: str, row: Row) -> dict[str, str]:
     }
     if mode == "train":
         lines |= {f"  {p}, ms": _milliseconds(row, f"{p}_seconds") for p in PHASES}
+    if "cache" in row:
+        lines |= {
+            "cache": row["cache"],
+            "  bytes a token": f"{row['cache_bytes_per_token']:,}",
+            "  longest context, computed": f"{row['longest_context_tokens']:,}",
+        }
     return lines | {
         "MFU": _shown(row["mfu"], ".1%"),
         "peak memory, MiB": _shown(row["peak_memory_bytes"], ",.0f", 2**20),

@@ -19,6 +19,7 @@ from eval.throughput.inference import Decode, Evaluate, Prefill
 from eval.throughput.options import Cell, Options
 from eval.throughput.train import Train
 from eval.throughput.workload import Round, Workload, wait
+from model.cache import CacheForm, cached_numbers
 from model.execution import Plan
 from training import distributed, memory
 from training.bench import processes
@@ -27,15 +28,17 @@ from training.config import RunConfig
 ROOM = 0.85  # of the free memory, for what the formulas leave out
 
 
-def workload(options: Options, run: RunConfig, device: torch.device, below: int) -> Workload:
+def workload(
+    options: Options, run: RunConfig, device: torch.device, below: int, form: CacheForm
+) -> Workload:
     """A side as the mode measures it."""
     if options.mode == "train":
         return Train(run, device, below)
     if options.mode == "evaluate":
         return Evaluate(run, device, below, options.sequences)
     if options.mode == "prefill":
-        return Prefill(run, device, below)
-    return Decode(run, device, below, options.new_tokens())
+        return Prefill(run, device, below, form)
+    return Decode(run, device, below, options.new_tokens(), form)
 
 
 class Side:
@@ -143,7 +146,9 @@ def measure(sides: Mapping[str, Side], options: Options, resident: str) -> None:
             side.free()
 
 
-def bytes_needed(options: Options, run: RunConfig, world_size: int) -> tuple[int, int]:
+def bytes_needed(
+    options: Options, run: RunConfig, world_size: int, form: CacheForm
+) -> tuple[int, int]:
     """Bytes that a side holds between its steps, and those that a step takes beside; formulas of
     training/memory.py, and for a forward pass weights, cache and logits.
     """
@@ -153,25 +158,48 @@ def bytes_needed(options: Options, run: RunConfig, world_size: int) -> tuple[int
         parts = memory.bytes_per_rank(run, run.deepspeed.zero_stage, world_size)
         passing = parts["activations"] + parts["logits"]
         return sum(parts.values()) - passing, passing
-    assert model.num_kv_heads is not None
-    assert model.head_dim is not None
     element = training.torch_dtype.itemsize
     tokens = training.micro_batch_size * training.seq_len
-    cached = 2 * model.num_layers * model.num_kv_heads * model.head_dim * tokens * element
+    cached = cached_numbers(model, form) * tokens * element
     kept = model.num_parameters() * element + (0 if options.mode == "evaluate" else cached)
-    logits = 0 if options.mode == "decode" else tokens * model.vocab_size * (element + 4)
+    logits = 0 if options.mode != "evaluate" else tokens * model.vocab_size * (element + 4)
     return kept, logits
 
 
+def cache_of(
+    options: Options, run: RunConfig, form: CacheForm, device: torch.device
+) -> dict[str, Any]:
+    """The cache of a side, in the modes that have one: its form, its bytes for each token of a
+    sequence, and the context for which the device has memory, computed: (all of its memory -
+    weights) / (micro-batch · bytes a token).
+    """
+    if options.mode not in ("prefill", "decode"):
+        return {}
+    element = run.training.torch_dtype.itemsize
+    a_token = cached_numbers(run.model, form) * element
+    if device.type == "cuda":
+        whole = torch.cuda.get_device_properties(device).total_memory
+    else:
+        whole = psutil.virtual_memory().total
+    left = max(0, whole - run.model.num_parameters() * element)
+    assert run.training.micro_batch_size is not None
+    return {
+        "cache": form,
+        "cache_bytes_per_token": a_token,
+        "longest_context_tokens": left // (a_token * run.training.micro_batch_size),
+    }
+
+
 def choose_resident(
-    options: Options, runs: Mapping[str, RunConfig], device: torch.device, world_size: int
+    options: Options, cell: Cell, runs: Mapping[str, RunConfig], device: torch.device
 ) -> str:
     """ "both" or "one": as asked for, or whether both fit into the memory that is free now, by
     formula. The same on every rank.
     """
     if options.resident != "auto":
         return options.resident
-    needs = [bytes_needed(options, run, world_size) for run in runs.values()]
+    world_size = distributed.world_size()
+    needs = [bytes_needed(options, run, world_size, cell.form(side)) for side, run in runs.items()]
     need = sum(kept for kept, _ in needs) + max(passing for _, passing in needs)
     if device.type == "cuda":
         free = torch.cuda.mem_get_info(device)[0]

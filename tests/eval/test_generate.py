@@ -1,7 +1,14 @@
 """Generation: what is sampled, from what distribution, and how it is printed."""
 
+import fcntl
 import json
+import os
+import pty
+import select
+import subprocess
 import sys
+import termios
+import time
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +17,17 @@ import torch
 
 from data.errors import InputError
 from data.tokenizer import Tokenizer
-from eval import generate as command
-from eval.generate import GenerateConfig, generate, probabilities, stream_text
-from model import Transformer
+from eval.generate import Decoder, GenerateConfig, generate
+from eval.generate import __main__ as command
+from eval.generate.complete import complete, complete_all
+from eval.generate.interactive import Session
+from eval.generate.prompts import read_prompts
+from eval.generate.sampling import probabilities
+from eval.generate.text import TextStream
+from model import ModelConfig, Transformer
+from model.delta.command.backbones import write_backbone
+from model.transformer import init_weights
+from tests.conftest import ROOT
 from training import checkpoint
 
 
@@ -81,14 +96,111 @@ def test_top_k_is_exact_with_ties():
     assert int((probabilities(torch.zeros(9), 1.0, 4, 1.0) > 0).sum()) == 4
 
 
+# --- text ----------------------------------------------------------------------------------------
+
+
+def feed(stream: TextStream, ids: list[int]) -> list[str]:
+    """The pieces of a stream up to its end."""
+    pieces = []
+    for token in ids:
+        pieces.append(stream.feed(token))
+        if stream.finish is not None:
+            return pieces
+    return [*pieces, stream.flush()]
+
+
 def test_streamed_pieces_are_the_text_and_no_character_is_torn(tokenizer: Tokenizer):
     text = "naïve 😀 text\n\tdef f(x):  return 'é'"
     prompt = tokenizer.encode_document("so:\n")
     ids = tokenizer.encode_document("so:\n" + text)[len(prompt) :]
-    pieces = list(stream_text(iter([*ids, tokenizer.bos_id, 99]), tokenizer, prompt))
-    assert "".join(pieces) == text
+    stream = TextStream(tokenizer, prompt)
+    pieces = feed(stream, [*ids, tokenizer.bos_id, 99])
+    assert "".join(pieces) == stream.text == text
+    assert stream.finish == "end"
     assert all("\N{REPLACEMENT CHARACTER}" not in piece for piece in pieces)
-    assert len(pieces) > 5
+    assert len([piece for piece in pieces if piece]) > 5
+
+
+@pytest.mark.parametrize(
+    ("text", "stops", "expected"),
+    [
+        ("one two\n\nthree", ["\n\n"], "one two"),
+        ("one two\nthree", ["\n\n"], None),
+        ("abcabd", ["abd"], "abc"),
+        ("aab", ["ab"], "a"),
+        ("x END y", ["END y", "END"], "x "),
+        ("x END", ["END y"], None),
+        ("so: a", ["so:"], ""),
+    ],
+)
+def test_a_stop_string_ends_the_text_before_it(tokenizer: Tokenizer, text, stops, expected):
+    """Also one that begins in the middle of a token or is several; nothing of it is ever shown."""
+    prompt = tokenizer.encode_document("so:")  # in the prompt it ends nothing
+    stream = TextStream(tokenizer, prompt, stops)
+    pieces = feed(stream, tokenizer.encode(text))
+    assert "".join(pieces) == stream.text == (text if expected is None else expected)
+    assert stream.finish == (None if expected is None else "stop")
+
+
+# --- batches -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cache", ["full", "value_latent", "latent"])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_rows_of_a_batch_are_what_they_are_alone(model: Transformer, cache, temperature):
+    """Prompts of unequal length, one of which reaches max_seq_len and leaves the others."""
+    prompts = [[1, *range(40, 40 + n)] for n in (3, 57, 20)]
+    options = config(max_new_tokens=12, temperature=temperature, cache=cache)
+    found: dict[int, list[int]] = {0: [], 1: [], 2: []}
+    for step in Decoder(model, prompts, options, [4, 5, 6], 320).steps():
+        for row, sampled in step.items():
+            found[row].append(sampled.token)
+    plain = config(max_new_tokens=12, temperature=temperature)
+    for row, ids in enumerate(prompts):
+        assert found[row] == list(generate(model, ids, plain, 4 + row, 320))
+    assert [len(ids) for ids in found.values()] == [12, 6, 12]
+
+
+@torch.no_grad()
+def test_log_probabilities_are_the_models_own(model: Transformer):
+    """Of the forward pass without cache, over all ids; not those of temperature and top_k."""
+    prompts = [[1, 50], [1, 60, 70, 80]]
+    options = config(max_new_tokens=8, temperature=3.0, top_k=5)
+    steps = list(Decoder(model, prompts, options, [0, 1], 320).steps())
+    for row, ids in enumerate(prompts):
+        tokens = [step[row].token for step in steps]
+        logits = model(torch.tensor([[*ids, *tokens]]))[0, len(ids) - 1 : -1]
+        expected = logits.log_softmax(-1).gather(1, torch.tensor(tokens)[:, None])[:, 0]
+        assert [step[row].logprob for step in steps] == pytest.approx(expected.tolist(), abs=1e-5)
+
+
+def test_an_ended_row_is_computed_no_more(model: Transformer):
+    sizes = []
+    head = model.lm_head
+    handle = head.register_forward_pre_hook(lambda _m, args: sizes.append(args[0].shape[:2]))
+    decoder = Decoder(model, [[1], [1, 2], [1]], config(max_new_tokens=4), [0, 1, 2], 320)
+    for number, _ in enumerate(decoder.steps()):
+        if number == 1:
+            decoder.end(0)
+    handle.remove()
+    assert sizes == [(3, 1), (3, 1), (2, 1), (2, 1)]  # logits of the last position alone
+
+
+def test_all_prompts_in_batches_keep_their_order_and_seeds(
+    model: Transformer, tokenizer: Tokenizer
+):
+    prompts = [tokenizer.encode_document(text) for text in ("return the", "a", "import sys as")]
+    options = config(max_new_tokens=6, num_samples=2, batch_size=4, seed=3, temperature=1.0)
+    told: list[int] = []
+    found = complete_all(model, tokenizer, prompts, options, told.append)
+    assert told == [4, 2]
+    for ids, samples in zip(prompts, found, strict=True):
+        for number, sample in enumerate(samples):
+            alone = complete(model, tokenizer, [ids], [3 + number], options)[0]
+            assert (alone.text, alone.finish) == (sample.text, sample.finish)
+
+
+# --- the command ---------------------------------------------------------------------------------
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: Any) -> None:
@@ -108,10 +220,144 @@ def test_command_prints_and_writes_its_texts(
     assert all("The" + text in printed for text in texts)
 
 
+def test_single_text_is_printed_as_it_comes_and_each_token_is_written(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
+    output = tmp_path / "out.json"
+    run(monkeypatch, "--checkpoint", trained, "--prompt", "The", "--max_new_tokens", 5,
+        "--stop", '["zzzz"]', "--cache", "latent", "--output", output)  # fmt: skip
+    result = json.loads(output.read_text())
+    sample = result["completions"][0]["samples"][0]
+    assert capsys.readouterr().out == "The" + sample["text"] + "\n"
+    assert len(sample["tokens"]) == 5
+    assert sample["finish"] == "length"
+    assert all(token["logprob_nats"] < 0 for token in sample["tokens"])
+
+
+def test_prompts_of_a_file(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
+    output, file = tmp_path / "out.json", tmp_path / "prompts.jsonl"
+    file.write_text('{"prompt": "The", "id": 7}\n\n{"prompt": ""}\n')
+    options = ["--checkpoint", trained, "--max_new_tokens", 5, "--num_samples", 2]
+    run(monkeypatch, *options, "--prompts", file, "--output", output)
+    first, second = json.loads(output.read_text())["completions"]
+    assert (first["id"], first["prompt"], second["prompt"]) == (7, "The", "")
+    printed = capsys.readouterr().out
+    assert all("The" + sample["text"] in printed for sample in first["samples"])
+    lines = tmp_path / "prompts.txt"
+    lines.write_text("The\n\nimport\r\n")
+    assert [one.text for one in read_prompts(str(lines))] == ["The", "import"]
+
+
+def test_interactive(model: Transformer, tokenizer: Tokenizer, capsys: pytest.CaptureFixture):
+    lines = iter(
+        [
+            "The", "+ and", "/set temperature 0", "The", "/set top_k many", "/set seed 1.5",
+            "/set temperature -1", "/nothing", "/show", "/help", "word " * 100, "a\\nb",
+            '/set stop "\\n"',
+        ]
+    )  # fmt: skip
+
+    def read(prompt: str) -> str:
+        print(prompt, end="")
+        line = next(lines, None)
+        if line is None:
+            raise EOFError
+        return line
+
+    session = Session(model, tokenizer, config(max_new_tokens=5, cache="value_latent"), read)
+    session.run()
+    parts = capsys.readouterr().out.split("> ")
+    first = parts[1].removesuffix("\n")
+    assert first.startswith("The")
+    assert parts[2].startswith(first + " and")
+    greedy = list(generate(model, tokenizer.encode_document("The"), session.config, 0, 400))
+    assert parts[4] == "The" + tokenizer.decode(greedy) + "\n"
+    assert "not set: --top_k: many" in parts[5]
+    assert "not set: --seed: 1.5" in parts[6]
+    assert "not set: --temperature: -1" in parts[7]
+    assert "/nothing: unknown" in parts[8]
+    assert "temperature 0" in parts[9]
+    assert "no room" in parts[11]
+    assert parts[12].startswith("a\nb")
+    assert session.config.stop == ["\n"]
+
+
+def test_ctrl_c_ends_the_text_and_ctrl_d_the_session(trained: Path):
+    """In a real terminal."""
+    terminal, other = pty.openpty()
+    options = ["--checkpoint", str(trained), "--interactive", "--device", "cpu"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "eval.generate", *options],
+        cwd=ROOT, stdin=other, stdout=other, stderr=other, start_new_session=True,
+        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+    )  # fmt: skip
+    os.close(other)
+    seen = b""
+
+    def until(wanted: bytes) -> None:
+        nonlocal seen
+        end = time.monotonic() + 90
+        while wanted not in seen and time.monotonic() < end:
+            if select.select([terminal], [], [], 1)[0]:
+                seen += os.read(terminal, 4096)
+        assert wanted in seen, seen
+
+    try:
+        until(b"> ")
+        os.write(terminal, b"/set max_new_tokens 100000\nThe\n")
+        until(b"\nThe")
+        seen = b""
+        os.write(terminal, b"\x03")
+        until(b"> ")  # stopped, or at max_seq_len already: the session goes on
+        os.write(terminal, b"\x04")
+        assert process.wait(timeout=60) == 0
+    finally:
+        if process.poll() is None:
+            process.kill()
+            process.wait()
+        os.close(terminal)
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (None, "cannot be read"),
+        ("", "no prompt"),
+        ("\n \n", "no prompt"),
+        ('{"prompt": "a"}\n{', "line 2: is not JSON"),
+        ('{"text": "a"}', "line 1: .*under the key prompt"),
+        ('["a"]', "line 1: .*under the key prompt"),
+        ('{"prompt": "\\ud800"}', "line 1: .*surrogate"),
+    ],
+)
+def test_files_of_prompts_that_are_none(tmp_path: Path, content: str | None, expected: str):
+    file = tmp_path / "p.jsonl"
+    if content is not None:
+        file.write_text(content)
+    with pytest.raises(InputError, match=rf"--prompts {file}.*{expected}"):
+        read_prompts(str(file))
+
+
+@pytest.mark.parametrize("form", ["value_latent", "latent"])
+def test_a_cache_of_latents_needs_latents(trained: Path, tmp_path: Path, form: str, monkeypatch):
+    vanilla = Transformer(ModelConfig(400, 32, 48, 1, 2, max_seq_len=64))
+    init_weights(vanilla, 0)
+    write_backbone(str(trained), vanilla, tmp_path / "vanilla")
+    with pytest.raises(InputError, match=rf"--cache: {form} .*v_proj"):
+        run(monkeypatch, "--checkpoint", tmp_path / "vanilla", "--cache", form)
+
+
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
         (["--temperature", "-1"], "--temperature: -1"),
+        (["--stop", '[""]'], "--stop"),
+        (["--batch_size", "0"], "--batch_size: 0"),
+        (["--cache", "none"], "cache"),
+        (["--prompt", "a", "--interactive", "true"], "--interactive"),
+        (["--interactive", "true", "--output", "a.json"], "--interactive"),
         (["--temperature", "1e-320"], "--temperature"),
         (["--prompt", "a\udcff"], "--prompt"),
         (["--top_p", "0"], "--top_p: 0"),

@@ -29,6 +29,8 @@ from eval.throughput.output import cell_text, sweep_text
 from eval.throughput.sides import Side, choose_resident, measure, resident_memory_alone
 from eval.throughput.workload import random_tokens
 from model import ModelConfig
+from model.cache import added_flops
+from model.config import Ranks
 from model.execution import Plan
 from tests.conftest import BIN, Runs, finish, free_port
 from training.bench import processes
@@ -300,12 +302,12 @@ def test_only_one_model_is_in_memory(pair: Pair, monkeypatch: pytest.MonkeyPatch
 def test_what_stays_in_memory_follows_from_the_formula(pair: Pair, mode: str):
     options = pair.parse("--mode", mode)
     runs = runs_of(options, Cell(), CPU)
-    assert choose_resident(options, runs, CPU, 1) == "both"
+    assert choose_resident(options, Cell(), runs, CPU) == "both"
     # Of a width that no machine has the memory for.
     for run in runs.values():
         run.model.hidden_size, run.model.num_layers = 2**20, 2**10
-    assert choose_resident(options, runs, CPU, 1) == "one"
-    assert choose_resident(pair.parse("--resident", "both"), runs, CPU, 1) == "both"
+    assert choose_resident(options, Cell(), runs, CPU) == "one"
+    assert choose_resident(pair.parse("--resident", "both"), Cell(), runs, CPU) == "both"
 
 
 # --- conditions ---------------------------------------------------------------------------------
@@ -429,11 +431,13 @@ def test_evaluation_is_that_of_the_model(pair: Pair):
         assert cell["sides"][name]["loss_nats_per_token"] == pytest.approx(loss, rel=1e-6)
 
 
-def test_decoding_continues_the_context(pair: Pair):
+@pytest.mark.parametrize("form", ["full", "value_latent", "latent"])
+def test_decoding_continues_the_context(pair: Pair, form: Any):
     """Each token is the likeliest after all before it, by the model without a cache."""
     options = pair.parse("--mode", "decode", "--steps", "5")
     run = run_of("config", options, Cell(), 1)
-    work = inference.Decode(run, CPU, 64, options.new_tokens())
+    work = inference.Decode(run, CPU, 64, options.new_tokens(), form)
+    assert work.cache.form == form
     for _ in range(2):  # each round begins at the end of the context
         work.round(5)
         text = random_tokens(0, 0, (2, 16), 64, CPU)
@@ -442,6 +446,39 @@ def test_decoding_continues_the_context(pair: Pair):
                 text = torch.cat([text, work.model(text)[:, -1:].argmax(dim=-1)], dim=1)
         assert torch.equal(work.token, text[:, -1:])
     assert work.cache.length == 21
+
+
+def test_forms_of_the_cache_against_each_other(pair: Pair, capsys: pytest.CaptureFixture[str]):
+    """The model against itself: bytes a token by hand, and the baseline always in full."""
+    pair.options[pair.options.index("--baseline") + 1] = str(pair.folder / "lpa.yaml")
+    forms = ["full", "value_latent", "latent"]
+    options = ["--sweep", "--caches", *forms, "--steps", "4"]
+    cells = pair.run(*options, mode="decode")["cells"]
+    assert [cell["cell"]["cache"] for cell in cells] == forms
+    shown = capsys.readouterr().out
+    # 2 layers of float32: 32 numbers for keys in full and for values, 8 for a latent.
+    for cell, numbers in zip(cells, (64, 40, 16), strict=True):
+        own, other = cell["sides"]["config"], cell["sides"]["baseline"]
+        assert own["cache_bytes_per_token"] == 2 * 4 * numbers
+        assert (other["cache"], other["cache_bytes_per_token"]) == ("full", 2 * 4 * 64)
+        left = psutil.virtual_memory().total - 4 * own["parameters"]
+        assert own["longest_context_tokens"] == left // (2 * 2 * 4 * numbers)
+        assert f"cache {own['cache']}" in shown
+        assert f"{own['longest_context_tokens']:,}" in shown
+        more = added_flops(ModelConfig(**MODEL, r=8), own["cache"], 18.5)  # 16 and 1 to 4
+        assert own["flops_per_token"] - other["flops_per_token"] == pytest.approx(more)
+    with (pair.folder / "out.csv").open() as file:
+        rows = [row for row in csv.DictReader(file) if row["side"] == "config"]
+    assert [row["cache"] for row in rows] == forms
+
+
+def test_flops_that_latents_add():
+    """H 4, H_kv 2, D 8, r_v 12, r_k 6, 3 layers, 10 keys: by hand, of one token."""
+    model = ModelConfig(64, 32, 56, 3, 4, num_kv_heads=2, r=Ranks(k=6, v=12))
+    assert added_flops(model, "full", 10) == 0
+    values = 2 * 10 * 4 * (12 - 8) + 2 * 12 * 8 * (4 - 2)
+    assert added_flops(model, "value_latent", 10) == 3 * values
+    assert added_flops(model, "latent", 10) == 3 * (values + 2 * 9 * 6 * 2 * 8)
 
 
 @pytest.fixture(scope="module")
@@ -591,7 +628,7 @@ SWEEP = ("--sweep", "--seq_lens", "8", "16", "--micro_batch_sizes", "2", "4")
 def test_a_sweep(pair: Pair, capsys: pytest.CaptureFixture[str]):
     result = pair.run(*SWEEP, "--compile", "false", "--kernels", "reference")
     cells = [tuple(cell["cell"].values()) for cell in result["cells"]]
-    assert cells == [(t, b, "reference", "off") for t in (8, 16) for b in (2, 4)]
+    assert cells == [(t, b, "reference", "off", None) for t in (8, 16) for b in (2, 4)]
     for cell in result["cells"]:
         check_cell(cell, "evaluate", rounds=2)
         assert cell["runs"]["config"]["execution"]["kernels"] == "reference"
@@ -730,6 +767,15 @@ def test_a_sweep_is_refused_whole_before_anything_is_measured(pair: Pair):
         (["--sweep", "--seq_lens", "4", "--seq_len", "4"], ["--seq_len 4", "--seq_lens"]),
         (["--seq_len", "65"], ["--config", "65", "max_seq_len 64"]),
         (["--mode", "decode", "--steps", "60"], ["--steps: 60", "max_seq_len 64"]),
+        (["--cache", "latent"], ["--cache: for modes prefill and decode", "is evaluate"]),
+        (
+            ["--mode", "decode", "--cache", "full", "--sweep", "--caches", "latent"],
+            ["--cache full", "--caches is given"],
+        ),
+        (
+            ["--mode", "decode", "--cache", "latent", "--model.r", "null"],
+            ["--cache: latent", "v_proj", "allowed is full"],
+        ),
         (["--mode", "evaluate", "--sequences", "3"], ["--sequences: 3", "multiple", "2"]),
         (["--output", "no/such/out.json"], ["--output", "no/such"]),
         (["--output", "out.txt"], ["--output out.txt", ".json"]),

@@ -13,7 +13,7 @@ from kernels import attention, dispatch, ops
 from kernels.triton import configs
 from kernels.verify import verify
 from model import ModelConfig, Transformer, init_weights
-from model.attention import KVCache
+from model.cache import KVCache
 from model.config import Ranks
 from model.configure import configure
 from model.execution import Execution, Plan, fused_on, plan
@@ -396,19 +396,21 @@ def test_compiled_blocks_with_norms_are_one_graph(kernels, changes, rebuild):
 
 
 @pytest.mark.parametrize(
-    ("kernels", "norms"),
+    ("kernels", "norms", "form"),
     [
-        ("triton", {}),
-        ("triton", {"latent_norm": True}),
-        ("reference", {"latent_norm": True, "qk_norm": True}),
+        ("triton", {}, "full"),
+        ("triton", {"latent_norm": True}, "full"),
+        ("triton", {}, "latent"),
+        ("reference", {"latent_norm": True, "qk_norm": True}, "full"),
+        ("reference", {"latent_norm": True, "qk_norm": True}, "value_latent"),
     ],
     ids=str,
 )
-def test_compiled_decoding_is_the_forward(kernels, norms):
+def test_compiled_decoding_is_the_forward(kernels, norms, form):
     """Single tokens behind a filled cache: one more graph, whose position is symbolic."""
     model, _ = graphs({"kernels": kernels}, r=8, num_kv_heads=2, **norms)
     model.eval()
-    cache, ids = KVCache(model.config, 2, 40, CPU, torch.float64), tokens(2, 20)
+    cache, ids = KVCache(model.config, 2, 40, CPU, torch.float64, form), tokens(2, 20)
     with torch.no_grad():
         parts = [model(ids[:, :7], cache=cache)]
         before = 0

@@ -14,7 +14,7 @@ from torch.testing import assert_close
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from model import ModelConfig, Ranks, Transformer, init_weights
-from model.attention import KVCache
+from model.cache import KVCache
 
 VOCAB, LONGEST = 61, 48
 SHAPE: dict[str, Any] = {

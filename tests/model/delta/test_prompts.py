@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from kernels import reference
 from model import Transformer
-from model.attention import KVCache
+from model.cache import KVCache
 from model.configure import configure
 from model.delta import (
     Delta,
