@@ -15,6 +15,7 @@ from data.tokenizer import TextTokenizer
 from eval.generate import GenerateConfig, generate
 from eval.scoring import TokenLosses
 from model.execution import Execution
+from model.export import register
 from training import checkpoint
 from training.execution import apply_execution
 
@@ -116,7 +117,7 @@ class HuggingFaceTokenizer:
 
 def _hugging_face(name: str, device: torch.device, dtype: torch.dtype) -> Scorable:
     """A causal language model by name (hub or cache) or folder. Only safetensors are read, and no
-    code of the model's repository is run.
+    code of the model's repository is run: of model.export's format hf it is ours.
     """
     try:
         from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -124,6 +125,7 @@ def _hugging_face(name: str, device: torch.device, dtype: torch.dtype) -> Scorab
         raise InputError(
             f"{HUGGING_FACE}{name}: needs the package transformers; pip install transformers"
         ) from None
+    register()
     try:
         tokenizer = HuggingFaceTokenizer(AutoTokenizer.from_pretrained(name), name)
         model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, use_safetensors=True)

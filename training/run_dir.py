@@ -76,6 +76,8 @@ def environment(device: torch.device) -> dict[str, Any]:
         "cuda": torch.version.cuda,
         "device": device_name(device),
         "cpu_count": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "load_average_1min": os.getloadavg()[0],
         "platform": platform.platform(),
         "world_size": int(os.environ.get("WORLD_SIZE", "1")),
         "started_unix_seconds": time.time(),

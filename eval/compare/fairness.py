@@ -249,6 +249,7 @@ def _surroundings(every: Sequence[Subject]) -> Iterator[PageWarning]:
 
     yield from _differing(every, "hardware", "The device", environment("device"))
     yield from _differing(every, "hardware", "The number of cores", environment("cpu_count"))
+    yield from _differing(every, "hardware", "The number of threads", environment("threads"))
     yield from _differing(every, "world_size", "The number of ranks", environment("world_size"))
     versions = {id(one.run): one.run.environment.get("packages") or {} for one in every}
     for package in sorted({name for found in versions.values() for name in found}):

@@ -15,6 +15,7 @@ from eval.finetune.texts import IGNORED
 from eval.generate import GenerateConfig, generate
 from eval.models import HUGGING_FACE, HuggingFaceTokenizer
 from model import Transformer
+from model.export import register
 from training import checkpoint
 
 
@@ -119,6 +120,7 @@ def _hugging_face(name: str, device: torch.device) -> Backbone:
         raise InputError(
             f"{HUGGING_FACE}{name}: needs the package transformers; pip install transformers"
         ) from None
+    register()
     try:
         tokenizer = HuggingFaceTokenizer(AutoTokenizer.from_pretrained(name), name)
         module: Any = AutoModelForCausalLM.from_pretrained(

@@ -69,6 +69,7 @@ def page(study: StudyConfig, arms: list[Arm]) -> Path:
 
 def _notes(study: StudyConfig, arms: list[Arm]) -> Iterator[str]:
     """What a reader of the page must know of the study."""
+    yield from study.notes
     sweep = study.sweep
     if sweep.learning_rates:
         example = planned(study, arms[0].name, sweep.learning_rates[0], sweep.seeds[0], trial=True)

@@ -70,6 +70,7 @@ class StudyConfig:
             null: one process.
         only: The arms to run and show; null: all.
         keep_trial_checkpoints: Keep the checkpoints of trials that are over.
+        notes: Sentences for the page: what a reader must know that no file of a run says.
     """
 
     title: str
@@ -83,6 +84,7 @@ class StudyConfig:
     launcher: str | None = None
     only: list[str] | None = None
     keep_trial_checkpoints: bool = False
+    notes: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         if not self.arms:

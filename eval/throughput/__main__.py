@@ -41,9 +41,7 @@ def environment(device: torch.device, argv: Sequence[str]) -> dict[str, Any]:
     del found["command_line"]
     return found | {
         "command": shlex.join([*PROG.split(), *argv]),
-        "threads": torch.get_num_threads(),
         "mkl_cbwr": os.environ.get("MKL_CBWR"),
-        "load_average_1min": os.getloadavg()[0],
         "peak_flops_per_second": hardware.peak_flops(hardware.device_name(device)),
     }
 

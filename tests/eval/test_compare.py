@@ -427,6 +427,7 @@ WARNINGS: dict[str, tuple[str, dict[str, Any]]] = {
     "data": ("data", {"all_lpa": {"checkpoint": {"data_sha256": "f" * 64}}}),
     "no data": ("data_unknown", {"checkpoint": None}),
     "device": ("hardware", {"environment": {"device": "NVIDIA H100"}}),
+    "threads": ("hardware", {"environment": {"threads": 7}}),
     "ranks": ("world_size", {"environment": {"world_size": 2}}),
     "torch": ("packages", {"environment": {"packages": {"torch": "1.0"}}}),
     "python": ("packages", {"environment": {"python": "3.12.0"}}),

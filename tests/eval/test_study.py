@@ -362,6 +362,7 @@ def test_smoke_study_interrupted_and_finished_by_two_workers(tmp_path: Path, pre
     assert "start the same command again" in wait(first, 75)
     assert "no final run is over" in wait(command(*options, "--page"), 2)
 
+    options += ["--notes", '["Two workers shared the machine."]']
     workers = [command(*options) for _ in range(2)]
     said = [wait(worker, 0) for worker in workers]
     folders = sorted(p.parent for p in (tmp_path / "study" / "final").glob("*/*/status.json"))
@@ -372,7 +373,9 @@ def test_smoke_study_interrupted_and_finished_by_two_workers(tmp_path: Path, pre
         assert sum(text.count(name) for text in said) == 1  # once, by one of them
     numbers = json.loads((tmp_path / "study" / "page" / "comparison.json").read_text())
     assert {arm["name"] for arm in numbers["arms"]} == {"vanilla", "lpa"}
-    assert (tmp_path / "study" / "page" / "index.html").read_text().count("<table") >= 3
+    page = (tmp_path / "study" / "page" / "index.html").read_text()
+    assert page.count("<table") >= 3
+    assert "Two workers shared the machine." in page
 
 
 @pytest.mark.parametrize(

@@ -52,6 +52,8 @@ def test_run_directory_describes_itself(trained: Path):
         assert (trained / name).stat().st_size > 0
     environment = json.loads((trained / "environment.json").read_text())
     assert {"git_commit", "git_dirty", "packages", "command_line", "device"} <= set(environment)
+    assert environment["threads"] >= 1
+    assert environment["load_average_1min"] >= 0
     assert status(trained)["state"] == "completed"
     assert status(trained)["step"] == 6
     last = metrics(trained)[-1]

@@ -77,9 +77,7 @@ def environment(argv: Sequence[str]) -> dict[str, Any]:
         found["packages"]["transformers"] = None
     return found | {
         "command": shlex.join(["python", "-m", "training.bench", *argv]),
-        "threads": torch.get_num_threads(),
         "mkl_cbwr": os.environ["MKL_CBWR"],
-        "load_average_1min": os.getloadavg()[0],
     }
 
 

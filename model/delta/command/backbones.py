@@ -13,6 +13,7 @@ from data.shards import sha256_file
 from model import ModelConfig, Transformer
 from model.config import Ranks
 from model.delta.target import as_target
+from model.export import register
 from training import checkpoint
 
 HUGGING_FACE = "hf:"
@@ -31,6 +32,7 @@ def load_backbone(name: str) -> nn.Module:
     except ImportError:
         raise InputError(f"{name}: needs the package transformers") from None
     short = name.removeprefix(HUGGING_FACE)
+    register()
     try:
         model: nn.Module = AutoModelForCausalLM.from_pretrained(
             short, dtype=torch.float32, use_safetensors=True
