@@ -23,7 +23,7 @@ PROGRAMS = (
     "train.py", "data.prepare", "eval.perplexity", "eval.generate", "kernels.aot", "kernels.bench",
     "training.suggest", "training.bench", "eval.harness", "eval.compare", "eval.study",
     "eval.analysis", "eval.throughput", "model.delta", "model.export",
-    "eval.finetune", "eval.finetune.grid", "eval.finetune.table",
+    "eval.finetune", "eval.finetune.grid", "eval.finetune.table", "eval.finetune.ensemble",
 )  # fmt: skip
 
 each_page = pytest.mark.parametrize("page", sorted(PAGES))

@@ -1,5 +1,7 @@
 """What is trained of a backbone: a delta, everything, the head alone, or what peft adds."""
 
+import json
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,15 +11,23 @@ from data.errors import InputError
 from eval.finetune.config import PEFT, fail_as_input
 from eval.finetune.heads import TaskModel
 from model.delta import Deltas, config_from_dict
+from model.delta.files import CONFIG, load_delta
 from model.delta.prox import gate_parameters
 from model.delta.target import whole_shape
 
 NAME = "tuned"  # of the delta
 
 
-def attach(model: TaskModel, delta: dict[str, Any], seed: int) -> None:
-    """Adds the parameters that `delta` means, freezes what is not trained. InputError where it
-    does not fit the backbone.
+def attach(
+    model: TaskModel,
+    delta: dict[str, Any],
+    seed: int,
+    start: str | None = None,
+    freeze_delta: bool = False,
+) -> None:
+    """Adds the parameters that `delta` means, freezes what is not trained. start: a delta's folder
+    to take them from; freeze_delta: only a head is trained. InputError where it does not fit the
+    backbone.
     """
     torch.manual_seed(seed)
     method = delta["method"]
@@ -35,10 +45,53 @@ def attach(model: TaskModel, delta: dict[str, Any], seed: int) -> None:
         return
     deltas = Deltas(model.backbone)
     try:
-        deltas.add(NAME, config_from_dict(delta))
+        if start is None:
+            deltas.add(NAME, config_from_dict(delta))
     except ValueError as error:
         raise InputError(f"delta.{error}") from None
+    if start is not None:
+        _begin_from(model, deltas, delta, Path(start))
     model.deltas = deltas
+    if freeze_delta:
+        if model.head is None:
+            raise InputError(f"freeze_delta: {model.task} has no head, so nothing would be trained")
+        deltas.requires_grad_(False)
+
+
+def _begin_from(model: TaskModel, deltas: Deltas, delta: dict[str, Any], start: Path) -> None:
+    """The delta of a folder, and its head where it is one of this task."""
+    try:
+        loaded = load_delta(start, model.backbone)
+    except ValueError as error:
+        raise InputError(f"start: {error}") from None
+    wanted = config_from_dict(delta)
+    if loaded.delta.config != wanted:
+        raise InputError(
+            f"start {start}: its delta is {loaded.delta.config}, and `delta` says {wanted}; they "
+            "must be the same"
+        )
+    deltas.insert(NAME, loaded.delta)
+    head = loaded.extra.get("head.weight")
+    if head is None or model.head is None or loaded.about.get("task") != model.task:
+        return
+    if head.shape != model.head.weight.shape:
+        raise InputError(
+            f"start {start}: its head is {tuple(head.shape)}, that of {model.task} here is "
+            f"{tuple(model.head.weight.shape)}"
+        )
+    with torch.no_grad():
+        model.head.weight.copy_(head)
+
+
+def start_mark(start: str | None) -> str | None:
+    """What tells a start from others: the sha256 of its tensors. InputError where it is none."""
+    if start is None:
+        return None
+    path = Path(start) / CONFIG
+    try:
+        return str(json.loads(path.read_text(encoding="utf-8"))["tensors_sha256"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"start: {path}: not a delta's ({error})") from None
 
 
 def _attach_peft(model: TaskModel, delta: dict[str, Any]) -> None:

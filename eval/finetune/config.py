@@ -61,7 +61,8 @@ class TuningConfig:
         eps: AdamW's denominator offset.
         gradient_clipping: Largest global norm of the gradient; 0: no clipping.
         precision: "fp32" or "bf16" (autocast over fp32 weights; head and loss stay in fp32).
-        evals_per_epoch: Validations in a pass over the training split; there is one at the end too.
+        evals_per_epoch: Validations in a pass over the training split; there is one at the end too,
+            and with 0 there alone.
         patience: Validations without a better metric after which training ends; null: never.
         eval_batch_size: Examples in a forward pass of a validation.
         train_examples: Use so many examples of the training split, the same for all seeds; null:
@@ -99,15 +100,15 @@ class TuningConfig:
 
     def __post_init__(self) -> None:
         for name in (
-            "batch_size", "micro_batch_size", "max_steps", "evals_per_epoch", "patience",
-            "eval_batch_size", "train_examples", "eval_examples", "log_every", "max_skipped_steps",
+            "batch_size", "micro_batch_size", "max_steps", "patience",
+            "train_examples", "eval_examples", "eval_batch_size", "log_every", "max_skipped_steps",
         ):  # fmt: skip
             value = getattr(self, name)
             _require("tuning", self, name, value is None or value >= 1, "at least 1")
         for name in ("learning_rate", "head_lr_multiplier", "epochs", "eps"):
             value = getattr(self, name)
             _require("tuning", self, name, 0 < value < math.inf, "greater than 0")
-        for name in ("weight_decay", "gradient_clipping", "checkpoint_every"):
+        for name in ("weight_decay", "gradient_clipping", "checkpoint_every", "evals_per_epoch"):
             _require("tuning", self, name, 0 <= getattr(self, name) < math.inf, "at least 0")
         for name in ("warmup_ratio", "beta1", "beta2"):
             _require("tuning", self, name, 0 <= getattr(self, name) < 1, "0 to under 1")
@@ -197,6 +198,11 @@ class TuneConfig:
         delta: What is trained: {method: …} with the fields of a method of model.delta, or the
             method "full" (all parameters), "head" (the head alone) or "peft" (with peft_type and
             the fields of peft's configuration).
+        start: A delta's folder (such as best/delta of another run) to begin from in place of new
+            parameters, with the configuration `delta`; its head is taken where it is of the same
+            task. null: new parameters.
+        freeze_delta: Train the head alone, on what the delta, new or of `start`, makes of the
+            backbone.
         tasks: Names: of GLUE, or of `define`.
         data: A folder with TASK/train.jsonl and TASK/dev.jsonl (.xz, .gz, .bz2, .zst, too), or
             datasets:NAME, of which the task is the configuration.
@@ -214,6 +220,8 @@ class TuneConfig:
     run_dir: str
     delta: dict[str, Any]
     tasks: list[str]
+    start: str | None = None
+    freeze_delta: bool = False
     data: str = "data/glue"
     define: dict[str, Any] = field(default_factory=dict)
     seeds: list[int] = field(default_factory=lambda: [0])
@@ -237,6 +245,10 @@ class TuneConfig:
                 raise ValueError(f"overrides: {task} is none of tasks {', '.join(self.tasks)}")
             self.tuning_of(task)
         self._check_sparsity()
+        if (self.start is not None or self.freeze_delta) and self.delta["method"] not in METHODS:
+            name = "start" if self.start is not None else "freeze_delta"
+            allowed = ", ".join(sorted(METHODS))
+            raise ValueError(f"{name}: with delta.method {self.delta['method']}; {allowed} have it")
 
     def _check_sparsity(self) -> None:
         if self.sparsity != SparsityConfig() and self.delta["method"] != SoraConfig.method:

@@ -56,7 +56,7 @@ def cost_of(config: TuneConfig, task: str, lengths: Lengths) -> Cost:
     """Training: 1, 2 or 3 forward passes a token (head; delta, whose own products are left out;
     all). Validations and test: 1. The backbone's output head is not computed, and not counted.
     """
-    model, tuning = lengths.model, config.tuning_of(task)
+    tuning = config.tuning_of(task)
     train = lengths.train
     steps = tokens = scored = 0
     for stage in range(config.sparsity.stages):
@@ -66,7 +66,14 @@ def cost_of(config: TuneConfig, task: str, lengths: Lengths) -> Cost:
         tokens += round(passes_over * sum(train))
         scored += max(1, round(passes_over * tuning.evals_per_epoch)) * sum(lengths.val)
     scored += sum(lengths.test)
-    mean = max(1, round(sum(train) / len(train)))
-    forward = model.flops_per_token(mean) - 2 * model.hidden_size * model.vocab_size
-    passes = PASSES.get(config.delta["method"], OF_DELTAS)
+    forward = flops_a_token(lengths)
+    method = "head" if config.freeze_delta else config.delta["method"]
+    passes = PASSES.get(method, OF_DELTAS)
     return Cost(steps, tokens, scored, forward * (passes * tokens + scored))
+
+
+def flops_a_token(lengths: Lengths) -> float:
+    """Of a forward pass over texts of the mean length, without the output head."""
+    model, train = lengths.model, lengths.train
+    mean = max(1, round(sum(train) / len(train)))
+    return float(model.flops_per_token(mean) - 2 * model.hidden_size * model.vocab_size)

@@ -34,6 +34,7 @@ class TaskModel(nn.Module):
     def __init__(self, backbone: Backbone, task: Task, seed: int) -> None:
         super().__init__()
         self._source = (backbone,)  # in a tuple: it is no part of the module
+        self.task = task.name
         self.backbone = backbone.module
         self.deltas: Deltas | None = None
         self.head: TaskHead | None = None

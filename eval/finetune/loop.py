@@ -59,6 +59,9 @@ def paused(job: Job) -> Any:
 
 
 def _eval_every(job: Job) -> int:
+    """Steps between two validations; with none on the way, all steps of the stage."""
+    if not job.tuning.evals_per_epoch:
+        return job.engine.stage.max_steps
     steps = job.tuning.steps(len(job.splits.train), 1.0)
     return max(1, round(steps / job.tuning.evals_per_epoch))
 

@@ -27,6 +27,7 @@ def finish(job: Job) -> dict[str, Any]:
         "task": job.task.name,
         "method": job.config.delta["method"],
         "delta": job.config.delta,
+        "start": job.config.start,
         "backbone": job.engine.model.source.about | {"name": job.config.backbone},
         "seed": job.seed,
         "metric": job.task.metrics[0],

@@ -11,7 +11,7 @@ import torch
 
 from data.errors import InputError
 from eval.finetune import state
-from eval.finetune.attach import attach, parameter_counts
+from eval.finetune.attach import attach, parameter_counts, start_mark
 from eval.finetune.backbones import load_backbone
 from eval.finetune.config import TuneConfig, TuningConfig
 from eval.finetune.engine import TuneEngine
@@ -134,7 +134,7 @@ def setup(config: TuneConfig, name: str, seed: int, device: torch.device) -> Job
     found = state.newest(folder, identity) if first else None
     found = distributed.from_rank_0(found)
     progress = Progress.of(found[1]) if found is not None else Progress()
-    attach(model, config.delta, seed)
+    attach(model, config.delta, seed, config.start, config.freeze_delta)
     ranks, counts = _ranks(model), parameter_counts(model)
     if progress.delta is not None and progress.delta != config.delta:
         model.deltas = None  # hooks of the first one act on nothing
@@ -184,6 +184,8 @@ def identity_of(
         "task": dataclasses.asdict(task),
         "seed": seed,
         "delta": config.delta,
+        "start": start_mark(config.start),
+        "freeze_delta": config.freeze_delta or None,  # none is what older runs have
         "tuning": settings,
         "texts": dataclasses.asdict(config.texts),
         "sparsity": dataclasses.asdict(config.sparsity),

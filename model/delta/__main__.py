@@ -1,4 +1,4 @@
-"""Deltas of a backbone, as files: explain, count, prune, merge, export, import, ensemble.
+"""Deltas of a backbone, as files: explain, count, prune, merge, export, import, ensemble, bench.
 
 python -m model.delta explain --backbone runs/lpa_130m --method lora --set r=8
 python -m model.delta merge --backbone runs/lpa_130m --delta deltas/sst2 --output merged
@@ -15,6 +15,7 @@ from torch import nn
 from data.errors import InputError, require_folder_of, run_cli
 from model.delta import Deltas
 from model.delta.base import Delta
+from model.delta.bench.command import bench
 from model.delta.command.backbones import load_backbone, require_empty, write_backbone
 from model.delta.command.options import delta_config, parser
 from model.delta.ensemble import average, combine
@@ -143,13 +144,15 @@ COMMANDS = {
     "export": _export,
     "import": _import,
     "ensemble": _ensemble,
+    "bench": bench,
 }
+WITHOUT_FOLDER = ("explain", "count", "bench")  # --output is a JSON file, and may be left out
 
 
 def main() -> int:
     """The command."""
     options = parser().parse_args()
-    if options.command in ("explain", "count"):
+    if options.command in WITHOUT_FOLDER:
         require_folder_of(options.output)
     else:
         require_empty(options.output)
@@ -157,7 +160,7 @@ def main() -> int:
         COMMANDS[options.command](options)
     except ValueError as error:  # of model.delta, which has no class of its own for the user's
         raise InputError(str(error)) from None
-    if options.command not in ("explain", "count"):
+    if options.command not in WITHOUT_FOLDER:
         print(options.output)
     return 0
 

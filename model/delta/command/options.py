@@ -9,6 +9,7 @@ import yaml
 from data.errors import InputError
 from model.delta.base import METHODS, DeltaConfig, config_from_dict
 
+BENCH = "Times of deltas on chains of layers, against frozen layers and peft's LoRA, in turn."
 BACKBONE = "a run directory, a checkpoint's folder, or hf: and a name or folder of Hugging Face"
 
 
@@ -68,6 +69,28 @@ def parser() -> argparse.ArgumentParser:
         help="exact: the sum of what the deltas add; average: of their parameters",
     )  # fmt: skip
     mixed.add_argument("--rank", type=int, help="the best approximation of this rank (exact)")
+    timed = commands.add_parser(
+        "bench",
+        help=BENCH,
+        description=BENCH,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    timed.add_argument("--sizes", type=int, nargs="+", default=[64, 256, 768], help="widths d")
+    timed.add_argument("--rows", type=int, nargs="+", default=[8, 512], help="rows of the input")
+    timed.add_argument("--layers", type=int, default=8, help="layers of a chain")
+    timed.add_argument("--rank", type=int, default=8, help="rank of the deltas")
+    timed.add_argument(
+        "--seconds",
+        type=float,
+        default=4.0,
+        help="about, for a case in a mode; never under 20 rounds",
+    )
+    timed.add_argument(
+        "--clock", choices=["cpu", "wall"], default="cpu",
+        help="cpu: time of this process on a core, without what others take of it; wall: elapsed",
+    )  # fmt: skip
+    timed.add_argument("--threads", type=int, default=1, help="of torch")
+    timed.add_argument("--output", type=Path, help="a JSON file for the result")
     top.epilog = "\n".join(one.format_usage() for one in commands.choices.values())
     return top
 

@@ -93,13 +93,19 @@ class LoraLayer(DeltaLayer):
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """x (..., d_in), y (..., d_out) -> (..., d_out)."""
-        return add_product(y, self.latent(x), self.B, self.scale)
+        # Flat once for both products: each product of more than two dimensions would do it again,
+        # and the calls, not the arithmetic, are the time of a small layer.
+        h, B = self.latent(x if x.dim() == 2 else x.flatten(0, -2)), self.B  # (N, r)
+        if h.dtype == y.dtype == B.dtype:  # under autocast h is of lower precision than B
+            return _add_rows(y, h, B, self.scale)
+        return add_product(y, h, B, self.scale)
 
     def latent(self, x: Tensor) -> Tensor:
-        """What enters B: (..., r)."""
+        """What enters B: x (N, d_in) -> (N, r)."""
         if self.dropout:
             x = F.dropout(x, self.dropout, self.training)
-        return F.linear(x, self.A.to(x.dtype))
+        A = self.A
+        return F.linear(x, A if A.dtype == x.dtype else A.to(x.dtype))
 
     @torch.no_grad()
     def factors(self) -> tuple[Tensor, Tensor]:
@@ -110,10 +116,16 @@ class LoraLayer(DeltaLayer):
 
 
 def add_product(y: Tensor, h: Tensor, up: Tensor, scale: float) -> Tensor:
-    """y + scale · B h in one operation. y (..., d_out), h (..., r), up is B (d_out, r)."""
+    """y + scale · B h in one operation. y (..., d_out), h (..., r) or its rows (N, r), up is B
+    (d_out, r).
+    """
     if torch.is_autocast_enabled(h.device.type) or y.dtype != h.dtype:
-        return y + F.linear(h, up.to(h.dtype)).to(y.dtype) * scale
-    up = up.to(h.dtype).T
+        return y + F.linear(h, up.to(h.dtype)).to(y.dtype).view_as(y) * scale
+    return _add_rows(y, h if h.dim() == 2 else h.flatten(0, -2), up.to(h.dtype), scale)
+
+
+def _add_rows(y: Tensor, h: Tensor, up: Tensor, scale: float) -> Tensor:
+    """`add_product` of one dtype. h (N, r)."""
     if y.dim() == 2:
-        return torch.addmm(y, h, up, alpha=scale)
-    return torch.addmm(y.flatten(0, -2), h.flatten(0, -2), up, alpha=scale).view(y.shape)
+        return torch.addmm(y, h, up.t(), alpha=scale)
+    return torch.addmm(y.flatten(0, -2), h, up.t(), alpha=scale).view_as(y)

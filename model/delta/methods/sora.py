@@ -47,9 +47,9 @@ class SoraLayer(LoraLayer):
         self.gate = nn.Parameter(torch.ones(rank))
 
     def latent(self, x: Tensor) -> Tensor:
-        """What enters B: (..., r)."""
-        h = super().latent(x)
-        return h * self.gate.to(h.dtype)
+        """What enters B: x (N, d_in) -> (N, r)."""
+        h, gate = super().latent(x), self.gate
+        return h * (gate if gate.dtype == h.dtype else gate.to(h.dtype))
 
     @torch.no_grad()
     def factors(self) -> tuple[Tensor, Tensor]:
