@@ -19,7 +19,7 @@ from data.errors import InputError, require_folder_of, run_cli
 from data.loader import WindowLoader
 from data.shards import PreparedData
 from eval.scoring import Score, score
-from training import checkpoint, distributed, hardware, resume, run_dir
+from training import checkpoint, distributed, hardware, init_from, resume, run_dir
 from training.batches import Batches
 from training.clock import StepClock
 from training.config import CONFIG_FOLDER, RunConfig
@@ -32,6 +32,7 @@ from training.report import run_values, step_values, summary_line
 from training.saving import Saver, Written
 from training.schedule import learning_rate
 from training.signals import StopSignal
+from training.teacher import find_teacher, load_teacher
 
 
 @dataclass
@@ -47,7 +48,8 @@ class Job:
     metrics: Metrics
     saver: Saver
     clock: StepClock
-    began_from: str | None
+    start: resume.Start
+    identity: dict[str, Any]
     step: int  # optimizer steps done
     saves: list[Written] = field(default_factory=list)
 
@@ -94,26 +96,14 @@ def open_data(run: RunConfig) -> tuple[PreparedData, WindowLoader]:
     return data, WindowLoader(data.split("train"), run.training.seq_len, run.training.seed)
 
 
-def identity(run: RunConfig, data: PreparedData) -> dict[str, Any]:
-    """What must be the same when a run is resumed, but for checkpoint.MAY_CHANGE."""
-    return {
-        "world_size": distributed.world_size(),
-        "zero_stage": run.deepspeed.zero_stage,
-        "precision": run.training.precision,
-        "global_batch_size": run.training.global_batch_size,
-        "seq_len": run.training.seq_len,
-        "seed": run.training.seed,
-        "tokenizer_sha256": data.tokenizer.sha256,
-        "data_sha256": data.split_sha256("train"),
-    }
-
-
 def setup(run: RunConfig, data: PreparedData, loader: WindowLoader) -> Job:
     """Builds everything and resumes."""
     folder, first = Path(run.training.run_dir), distributed.rank() == 0
-    start = resume.choose(run, identity(run, data)) if first else None
+    teacher = find_teacher(run, data.tokenizer.sha256) if first else None
+    same = resume.identity(run, data, teacher)
+    start = resume.choose(run, same) if first else None
     device = distributed.init_distributed()
-    start = distributed.from_rank_0(start)
+    start, same, teacher = distributed.from_rank_0((start, same, teacher))
 
     from training.engine import Engine  # after the checks: DeepSpeed takes seconds to import
 
@@ -121,6 +111,10 @@ def setup(run: RunConfig, data: PreparedData, loader: WindowLoader) -> Job:
     if start.folder is not None:
         checkpoint.load(engine, start.folder, start.optimizer_steps)
         engine.skipped_before = start.skipped_steps
+    elif start.weights is not None:
+        init_from.load(engine, start.weights)
+    if teacher is not None:
+        engine.learn_from(load_teacher(run, teacher, device))
     log = run_dir.logger(folder if first else None)
     if first:
         run_dir.write_text(folder / "config.yaml", run.to_yaml())
@@ -133,7 +127,7 @@ def setup(run: RunConfig, data: PreparedData, loader: WindowLoader) -> Job:
         f"{engine.world_size} ranks × {micro} sequences × {engine.accumulation} accumulation "
         f"= {run.training.global_batch_size} sequences of {run.training.seq_len} tokens"
     )
-    metrics.say(f"resumed from {start.folder}" if start.folder else "starting from new weights")
+    metrics.say(str(start))
     for line in start.notes + engine.plan.lines:
         metrics.say(line)
     for warning in run.warnings():
@@ -148,8 +142,9 @@ def setup(run: RunConfig, data: PreparedData, loader: WindowLoader) -> Job:
         in_background=training.async_checkpoint,
     )
     clock = StepClock(device, training.untimed_steps)
-    began = start.began_from
-    return Job(run, folder, data, loader, device, engine, metrics, saver, clock, began, start.step)
+    return Job(
+        run, folder, data, loader, device, engine, metrics, saver, clock, start, same, start.step
+    )
 
 
 def validate(job: Job, split: str, max_tokens: int | None) -> Score:
@@ -181,14 +176,14 @@ def save(job: Job, steps_done: int) -> None:
     """Writes a checkpoint of the state after `steps_done` optimizer steps, or begins to."""
     batch, length = job.run.training.global_batch_size, job.run.training.seq_len
     job.saver.save(
-        identity(job.run, job.data)
+        {key: value for key, value in job.identity.items() if value is not None}
         | {
             "step": steps_done,
             "skipped_steps": job.engine.skipped_steps(),
             "position": steps_done * batch,
             "tokens": steps_done * batch * length,
-            "began_from": job.began_from,
         }
+        | job.start.recorded()
     )
     say_saved(job)
 

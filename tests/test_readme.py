@@ -22,7 +22,7 @@ OUR_PACKAGES = ("data", "eval", "kernels", "model", "training")
 PROGRAMS = (
     "train.py", "data.prepare", "eval.perplexity", "eval.generate", "kernels.aot", "kernels.bench",
     "training.suggest", "training.bench", "eval.harness", "eval.compare", "eval.study",
-    "eval.analysis", "eval.throughput", "model.delta", "model.export",
+    "eval.analysis", "eval.throughput", "model.delta", "model.export", "eval.convert",
     "eval.finetune", "eval.finetune.grid", "eval.finetune.table", "eval.finetune.ensemble",
 )  # fmt: skip
 

@@ -130,7 +130,7 @@ def read_state(folder: Path) -> dict[str, Any]:
     return state
 
 
-def _verify(folder: Path, names: Iterable[str]) -> None:
+def verify(folder: Path, names: Iterable[str]) -> None:
     """DamagedError where a file is not the one that was written, by its sha256 sum."""
     files = read_state(folder)["files"]
     for name in names:
@@ -144,7 +144,7 @@ def _verify(folder: Path, names: Iterable[str]) -> None:
 
 def load_model(folder: Path, device: torch.device, dtype: torch.dtype) -> Transformer:
     """The model of a checkpoint, ready for evaluation. Reads model.json and model.safetensors."""
-    _verify(folder, ("model.json", "model.safetensors"))
+    verify(folder, ("model.json", "model.safetensors"))
     try:
         config = ModelConfig.from_json(folder / "model.json")
         weights = safetensors.torch.load_file(folder / "model.safetensors")
@@ -187,13 +187,18 @@ def check(
     differs.
     """
     state = read_state(folder)
+    if "optimizer.safetensors" not in state["files"]:
+        raise InputError(
+            f"{folder}: holds weights alone, no optimizer state, so no run can go on from it; to "
+            "begin from its weights use training.init_from"
+        )
     version = state.get("format_version")
     if version != FORMAT_VERSION:
         raise InputError(
             f"{folder}: format_version {version}; this code resumes from {FORMAT_VERSION} (its "
             "model.safetensors can still be evaluated)"
         )
-    _verify(folder, state["files"])
+    verify(folder, state["files"])
     try:
         saved = ModelConfig.from_json(folder / "model.json")
     except ValueError as error:

@@ -1,5 +1,5 @@
-"""RunConfig: what a run's YAML says (blocks model, data, training, deepspeed, execution) and its
-validation.
+"""RunConfig: what a run's YAML says (blocks model, data, training, deepspeed, execution,
+distillation) and its validation.
 
 Precedence: the defaults below, then the YAML of --config, then options such as --training.seed 1.
 """
@@ -80,6 +80,8 @@ class TrainingConfig:
         async_checkpoint: Write checkpoints in the background, while the training goes on.
         resume: "auto" (the newest whole checkpoint of run_dir, if there is one), "never" (refuse a
             run_dir that has one) or the path of a checkpoint.
+        init_from: A run directory or a checkpoint whose weights, and nothing else of it, a run
+            begins from; null: new weights.
     """
 
     run_dir: str
@@ -117,6 +119,7 @@ class TrainingConfig:
     keep_every: int | None = None
     async_checkpoint: bool = True
     resume: str = "auto"
+    init_from: str | None = None
 
     def __post_init__(self) -> None:
         at_least_1 = ["max_steps", "global_batch_size", "micro_batch_size", "seq_len", "log_every"]
@@ -138,6 +141,11 @@ class TrainingConfig:
             lambda v: v <= self.learning_rate,
             f"at most learning_rate {self.learning_rate}",
         )
+        if self.init_from is not None and self.resume not in ("auto", "never"):
+            raise ValueError(
+                f"training.init_from: {self.init_from}, but training.resume {self.resume} brings "
+                "weights of its own; leave one of them out"
+            )
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -204,6 +212,30 @@ class DeepSpeedConfig:
 
 
 @dataclass
+class DistillationConfig:
+    """What a model learns from a teacher beside the text (training/distillation.py).
+
+    Attributes:
+        teacher: A run directory (its newest checkpoint) or a checkpoint's folder, whose block
+            outputs are the targets; null: no distillation.
+        weight: Times the distance of the block outputs, which is added to the loss.
+    """
+
+    teacher: str | None = None
+    weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.weight < math.inf:
+            raise ValueError(f"distillation.weight: {self.weight}; it must be at least 0")
+
+    def warnings(self) -> list[str]:
+        """Settings that have no effect."""
+        if self.teacher is None and self.weight != DistillationConfig.weight:
+            return [f"distillation.weight {self.weight} has no effect: there is no teacher"]
+        return []
+
+
+@dataclass
 class RunConfig:
     """A training run.
 
@@ -213,6 +245,7 @@ class RunConfig:
         data: Where the tokens come from.
         deepspeed: What DeepSpeed shards and where.
         execution: Kernels, compilation and what is recomputed: how, not what.
+        distillation: A teacher whose features the model learns, too.
     """
 
     model: ModelConfig
@@ -220,6 +253,7 @@ class RunConfig:
     data: DataConfig = field(default_factory=DataConfig)
     deepspeed: DeepSpeedConfig = field(default_factory=DeepSpeedConfig)
     execution: Execution = field(default_factory=Execution)
+    distillation: DistillationConfig = field(default_factory=DistillationConfig)
 
     def __post_init__(self) -> None:
         if self.execution.kernels == "triton" and unfusible(self.model):
@@ -235,7 +269,7 @@ class RunConfig:
     def warnings(self) -> list[str]:
         """Settings that have no effect or a surprising one."""
         found = self.model.warnings() + self.training.warnings() + self.execution.warnings()
-        return found + self._factor_warnings()
+        return found + self.distillation.warnings() + self._factor_warnings()
 
     def _factor_warnings(self) -> list[str]:
         training, found = self.training, []

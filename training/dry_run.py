@@ -5,12 +5,17 @@ from typing import Any
 import torch
 
 from model import Transformer
-from training import memory
+from training import init_from, memory
 from training.config import RunConfig
+from training.teacher import find_teacher
 
 
 def dry_run(run: RunConfig) -> dict[str, Any]:
-    """Parameters, FLOPs, memory per rank, steps and tokens of a run; needs no GPU and no data."""
+    """Parameters, FLOPs, memory per rank, steps and tokens of a run; needs no GPU and no data.
+
+    What the run is given (training.init_from, a teacher) must be there, and is named.
+    """
+    given = _given(run)
     with torch.device("meta"):
         model = Transformer(run.model)
     parameters = sum(p.numel() for p in model.parameters())
@@ -20,7 +25,10 @@ def dry_run(run: RunConfig) -> dict[str, Any]:
     flops = run.model.flops_per_token(training.seq_len)
     budgets = {
         str(stage): {
-            str(ranks): memory.bytes_per_rank(run, stage, ranks) for ranks in memory.WORLD_SIZES
+            str(ranks): memory.bytes_per_rank(
+                run, stage, ranks, given["teacher"].config if "teacher" in given else None
+            )
+            for ranks in memory.WORLD_SIZES
         }
         for stage in memory.STAGES
     }
@@ -36,7 +44,19 @@ def dry_run(run: RunConfig) -> dict[str, Any]:
             for stage, by_ranks in budgets.items()
         },
         "memory_parts_bytes_per_rank": budgets,
+        **{name: weights.record() for name, weights in given.items()},
     }
+
+
+def _given(run: RunConfig) -> dict[str, init_from.GivenWeights]:
+    """The weights that a run begins from, and those of its teacher, where it has them; their sums
+    are not compared.
+    """
+    found = {}
+    if run.training.init_from is not None:
+        found["init_from"] = init_from.beginning(run.training.init_from, run.model, verify=False)
+    teacher = find_teacher(run, verify=False)
+    return found | ({"teacher": teacher} if teacher is not None else {})
 
 
 def describe(run: RunConfig, result: dict[str, Any]) -> str:
@@ -57,5 +77,8 @@ def describe(run: RunConfig, result: dict[str, Any]) -> str:
         lines.append(
             f"  {name:>9}{mark}" + "".join(f"{b / 2**30:>11.2f}" for b in by_ranks.values())
         )
+    for name, label in (("init_from", "begins from"), ("teacher", "teacher")):
+        if name in result:
+            lines.append(f"{label:<21} {result[name]['folder']}")
     lines += [f"warning: {warning}" for warning in run.warnings()]
     return "\n".join(lines)

@@ -13,6 +13,7 @@ from model.transformer import Block
 from training import distributed, full_state
 from training.clock import StepClock
 from training.config import DeepSpeedConfig, RunConfig, TrainingConfig
+from training.distillation import Distillation
 from training.execution import apply_execution
 from training.optimizer import build_optimizer, set_learning_rate
 from training.product_decay import ProductDecay
@@ -104,6 +105,10 @@ class StepEngine:
         """The loss of what `next_batch` gives, a scalar."""
         raise NotImplementedError
 
+    def objective(self, loss: Tensor) -> Tensor:
+        """What is minimised: the loss that `loss` gave, and what a subclass adds to it."""
+        return loss
+
     @staticmethod
     def gather(parameter: Tensor) -> Any:
         """Makes a parameter that ZeRO stage 3 shards whole; rank 0's values are those kept."""
@@ -131,10 +136,11 @@ class StepEngine:
             batch = next_batch()
             with clock.phase("forward"):
                 loss = self.loss(batch)
+                objective = self.objective(loss)
             losses.append(loss.detach())
             with clock.phase("backward"):
                 # divides by the accumulation itself
-                self.deepspeed.backward(_with_its_gradient_not_finite(loss))
+                self.deepspeed.backward(_with_its_gradient_not_finite(objective))
             with clock.phase("optimizer"):
                 if (
                     self.run.deepspeed.zero_stage == 0
@@ -188,6 +194,7 @@ class Engine(StepEngine):
 
     run: RunConfig
     model: Transformer
+    distillation: Distillation | None = None
 
     def __init__(self, run: RunConfig, device: torch.device) -> None:
         super().__init__(run, device)
@@ -218,8 +225,18 @@ class Engine(StepEngine):
 
     def loss(self, batch: Tensor) -> Tensor:
         """The mean cross-entropy of a micro-batch of token ids (b, seq_len + 1)."""
-        loss: Tensor = self.deepspeed(batch[:, :-1], batch[:, 1:])
+        inputs = batch[:, :-1]
+        with self.distillation.comparing(inputs) if self.distillation else nullcontext():
+            loss: Tensor = self.deepspeed(inputs, batch[:, 1:])
         return loss
+
+    def objective(self, loss: Tensor) -> Tensor:
+        """The cross-entropy, and with a teacher the weighted distance to its features."""
+        return self.distillation.added_to(loss) if self.distillation else loss
+
+    def learn_from(self, teacher: Transformer) -> None:
+        """From now on block outputs learn to be the teacher's."""
+        self.distillation = Distillation(self.run, teacher, self.model, self.accumulation)
 
     def _set_master_weights(self) -> None:
         """Gives the fp32 master weights their initial values: DeepSpeed makes them from the model

@@ -154,7 +154,22 @@ def logits_bytes(
     return logits + model.hidden_size * (model.vocab_size * 4 + tokens * element)
 
 
-def bytes_per_rank(run: RunConfig, stage: int, world_size: int) -> dict[str, int]:
+def teacher_bytes(teacher: ModelConfig, tokens: int, element: int, weight_element: int) -> int:
+    """Bytes of a teacher (training/distillation.py) on each rank, whatever ZeRO shards: its weights
+    without norm and head, its block outputs, and what the backward pass keeps of each comparison in
+    fp32, the difference and (when not fp32) the features.
+    """
+    left_out = teacher.hidden_size
+    if not teacher.tie_embeddings:
+        left_out += teacher.vocab_size * teacher.hidden_size
+    weights = (teacher.num_parameters() - left_out) * weight_element
+    kept = element + 4 + (4 if element < 4 else 0)
+    return weights + teacher.num_layers * tokens * teacher.hidden_size * kept
+
+
+def bytes_per_rank(
+    run: RunConfig, stage: int, world_size: int, teacher: ModelConfig | None = None
+) -> dict[str, int]:
     """The whole budget of one rank, by part. Left out: temporary buffers, fragmentation and what
     CUDA and the process take for themselves.
     """
@@ -180,4 +195,7 @@ def bytes_per_rank(run: RunConfig, stage: int, world_size: int) -> dict[str, int
             2 * run.model.num_parameters()
         )  # the copies that autocast makes and keeps
     parts["logits"] = logits_bytes(run.model, tokens, element, run.execution)
+    if teacher is not None:
+        stream = 4 if autocast else element
+        parts["teacher"] = teacher_bytes(teacher, tokens, stream, stream)
     return parts

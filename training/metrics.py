@@ -112,6 +112,8 @@ def console_line(values: dict[str, Any], max_steps: int) -> str:
         f"mem {values['peak_memory_bytes'] / 2**30:.2f} GiB | "
         f"data {values['data_wait_share']:.1%} | eta {minutes}:{seconds:02d}"
     )
+    if "distillation_loss" in values:
+        line += f" | distillation {values['distillation_loss']:.5f}"
     if values["skipped_steps"]:
         line += f" | {values['skipped_steps']} steps skipped: gradient not finite"
     if "validation_loss" in values:

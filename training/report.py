@@ -30,6 +30,7 @@ def step_values(
     return {
         "step": done,
         "loss": mean,
+        **_distilled(engine),
         "tokens": done * tokens,
         "lr": learning_rate(run.training, done - 1),
         "grad_norm": float(norm),
@@ -40,6 +41,14 @@ def step_values(
         "peak_memory_bytes_by_rank": memory,
         "eta_seconds": (run.training.max_steps - done) * seconds,
     }
+
+
+def _distilled(engine: Engine) -> dict[str, float]:
+    """The distance to a teacher, where there is one; collective."""
+    if engine.distillation is None:
+        return {}
+    mean = engine.distillation.last_step().double() / distributed.world_size()
+    return {"distillation_loss": distributed.sum_over_ranks(mean).item()}
 
 
 def _over_ranks(loss: Tensor, device: torch.device) -> tuple[float, list[int]]:

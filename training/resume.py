@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from data.errors import InputError
-from data.shards import sha256_file
-from training import checkpoint
+from data.shards import PreparedData, sha256_file
+from training import checkpoint, distributed, init_from
 from training.config import RunConfig
 
 
@@ -21,6 +21,8 @@ class Start:
         optimizer_steps: Steps that AdamW took.
         skipped_steps: Steps left out because a gradient was not finite.
         began_from: What tells the checkpoint of another run that this run began from.
+        weights: The checkpoint whose weights alone a run begins from, where folder is None.
+        init_from: What checkpoint.json says of those weights, also in a run that goes on.
         notes: What the log should say of it.
     """
 
@@ -29,7 +31,41 @@ class Start:
     optimizer_steps: int = 0
     skipped_steps: int = 0
     began_from: str | None = None
+    weights: Path | None = None
+    init_from: dict[str, Any] | None = None
     notes: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        """The line of the log."""
+        if self.folder is not None:
+            return f"resumed from {self.folder}"
+        if self.init_from is None:
+            return "starting from new weights"
+        return f"starting from the weights of {self.weights} (sha256 {self.init_from['sha256']})"
+
+    def recorded(self) -> dict[str, Any]:
+        """What a checkpoint of the run says of its beginning."""
+        found = {"began_from": self.began_from}
+        return found | ({"init_from": self.init_from} if self.init_from else {})
+
+
+def identity(
+    run: RunConfig, data: PreparedData, teacher: init_from.GivenWeights | None
+) -> dict[str, Any]:
+    """What must be the same when a run is resumed, but for checkpoint.MAY_CHANGE; a checkpoint
+    leaves out what is None.
+    """
+    return {
+        "world_size": distributed.world_size(),
+        "zero_stage": run.deepspeed.zero_stage,
+        "precision": run.training.precision,
+        "global_batch_size": run.training.global_batch_size,
+        "seq_len": run.training.seq_len,
+        "seed": run.training.seed,
+        "tokenizer_sha256": data.tokenizer.sha256,
+        "data_sha256": data.split_sha256("train"),
+        "teacher_sha256": teacher.sha256 if teacher is not None else None,
+    }
 
 
 def choose(run: RunConfig, expected: dict[str, Any]) -> Start:
@@ -45,7 +81,7 @@ def choose(run: RunConfig, expected: dict[str, Any]) -> Start:
     if choice == "never":
         if own:
             raise _holds_a_run(choice, run_dir, own[0])
-        return Start()
+        return _new(run, expected)
     if choice != "auto":
         source = checkpoint.resolve(Path(choice))
         if not own or any(source.samefile(folder) for folder in own):
@@ -54,7 +90,16 @@ def choose(run: RunConfig, expected: dict[str, Any]) -> Start:
         if mine.began_from != began_from(source):
             raise _holds_a_run(choice, run_dir, own[0])
         return mine
-    return _newest_whole(own, run, expected) if own else Start()
+    return _newest_whole(own, run, expected) if own else _new(run, expected)
+
+
+def _new(run: RunConfig, expected: dict[str, Any]) -> Start:
+    """New weights, or those of training.init_from."""
+    path = run.training.init_from
+    if path is None:
+        return Start()
+    found = init_from.beginning(path, run.model, expected.get("tokenizer_sha256"))
+    return Start(weights=found.folder, init_from=found.record())
 
 
 def began_from(source: Path) -> str:
@@ -86,13 +131,18 @@ def _newest_whole(own: list[Path], run: RunConfig, expected: dict[str, Any]) -> 
 def _start(folder: Path, run: RunConfig, expected: dict[str, Any], notes: list[str]) -> Start:
     state, changed = checkpoint.check(folder, run.model, expected)
     ours = folder.parent.resolve() == (Path(run.training.run_dir) / "checkpoints").resolve()
+    given = state.get("init_from")
+    changes = [f"warning: {difference}: losses differ by rounding" for difference in changed]
+    if ours:
+        changes += init_from.same_beginning(given, run.training.init_from, folder)
     return Start(
         folder,
         state["step"],
         state["optimizer_steps"],
         state["skipped_steps"],
         state["began_from"] if ours else began_from(folder),
-        [*notes, *(f"warning: {difference}: losses differ by rounding" for difference in changed)],
+        init_from=given,
+        notes=[*notes, *changes],
     )
 
 

@@ -1,0 +1,1 @@
+"""Conversion of a dense Llama-like checkpoint into an LPA model."""
