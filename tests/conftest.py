@@ -110,7 +110,7 @@ class Runs:
         return finish(self.start(config, *options, **keywords), code)
 
 
-def finish(process: Any, code: int = 0, timeout: float = 120) -> tuple[str, str]:
+def finish(process: Any, code: int = 0, timeout: float = 300) -> tuple[str, str]:
     """Waits for a process and checks its exit code."""
     out, err = process.communicate(timeout=timeout)
     assert process.returncode == code, f"exit code {process.returncode}\n{out}\n{err}"

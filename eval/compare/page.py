@@ -13,6 +13,7 @@ from data.errors import InputError
 from eval.compare import plots
 from eval.compare.curves import POINTS
 from eval.compare.fairness import CHECKS
+from eval.compare.markdown import markdown
 from eval.compare.results import compare
 from eval.compare.runs import Run
 from eval.compare.sweep import Trial
@@ -29,7 +30,7 @@ def write_page(
     sweeps: Mapping[str, Sequence[Trial]] | None = None,
     notes: Sequence[str] = (),
 ) -> Path:
-    """Writes OUTPUT/index.html, OUTPUT/*.png and OUTPUT/comparison.json; the path of index.html.
+    """Writes OUTPUT/index.html, its plots, comparison.json and .md; the path of index.html.
 
     arms: the runs of each, which differ in their seeds alone. baseline: the arm that the others are
     compared with; None: the one vanilla arm, else the first. sweeps: the trials from which the
@@ -46,6 +47,7 @@ def write_page(
     files["comparison.json"] = (
         json.dumps(comparison, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
     ).encode()
+    files["comparison.md"] = markdown(comparison).encode()
     files["index.html"] = render(comparison, drawn).encode()
     output.mkdir(parents=True, exist_ok=True)
     aside = {name: output / f"{name}.{os.getpid()}.partial" for name in files}

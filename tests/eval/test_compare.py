@@ -648,6 +648,27 @@ def test_results_on_the_page_are_those_of_the_json(made: dict[str, Any]):
         assert cells[0].text_content().startswith(arm["name"])
 
 
+def test_the_markdown_table_has_the_numbers_of_the_json(made: dict[str, Any]):
+    lines = (made["page"].parent / "comparison.md").read_text(encoding="utf-8").splitlines()
+    assert lines[0] == "# LPA & <vanilla>"
+    assert "- a <script>note</script>" in lines
+    warned = [line for line in lines if line.startswith("- Warning: ")]
+    assert warned == [f"- Warning: {one['text']}" for one in made["json"]["warnings"]]
+    head, _, *rows = [line.strip("|").split(" | ") for line in lines if line.startswith("|")]
+    assert len(rows) == len(made["json"]["arms"]) == 3
+    for row, arm in zip(rows, made["json"]["arms"], strict=True):
+        cells = {name.strip(): cell.strip() for name, cell in zip(head, row, strict=True)}
+        assert cells["arm"] == arm["name"]
+        assert cells["parameters"] == f"{arm['parameters']:,}"
+        mean, sd = arm["loss_nats_per_token_mean"], arm["loss_nats_per_token_sd"]
+        assert cells["loss, nats/token"] == f"{mean:.4f} ± {sd:.4f}"
+        if arm["name"] == made["json"]["baseline"]:
+            assert cells["difference"] == cells["p (Holm)"] == "–"
+        else:
+            assert cells["difference"].startswith(f"{arm['difference_nats_per_token']:+.4f} (")
+            assert cells["p (Holm)"].startswith(f"{arm['difference_p']:.2g}")
+
+
 def test_what_is_shown_is_the_number_rounded(made: dict[str, Any]):
     shown = html.fromstring(made["text"]).xpath("//*[@id='results' or @id='runs']//data")
     assert len(shown) > 50
