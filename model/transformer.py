@@ -180,7 +180,16 @@ class Transformer(nn.Module):
                 f"a sequence of {longest} tokens is longer than model.max_seq_len "
                 f"{self.config.max_seq_len}"
             )
-        x, rotary, past = self._embed(input_ids, cache, start, end)
+        device = input_ids.device
+        positions = (
+            torch.arange(start, end, device=device)
+            if cache is None
+            else cache.positions(start, end)
+        )  # (T,) or (B, T)
+        x, rotary = self._embed(input_ids, positions)
+        past = None  # angles of all tokens so far, for keys that the cache rebuilds
+        if cache is not None and cache.form == "latent" and rotary is not None:
+            past = self._rotary(cache.positions(0, end))
         mask = self._document_mask(input_ids, cache, x)
         random = self.config.dropout != 0 and self.training
         with backend_context(self.execution.attention, x.device):
@@ -196,24 +205,16 @@ class Transformer(nn.Module):
         result: Tensor = self.lm_head(x[:, -1:] if last else x, targets, reduction)
         return result.float()
 
-    def _embed(
-        self, input_ids: Tensor, cache: KVCache | None, start: int, end: int
-    ) -> tuple[Tensor, Rotary | None, Rotary | None]:
-        """Inputs of the first block (B, T, d), the rotary table of these positions, and that of all
-        so far where the cache has to rebuild keys.
-        """
-        first = 0 if cache is not None and cache.form == "latent" else start
-        if cache is None:
-            positions = torch.arange(start, end, device=input_ids.device)
-        else:
-            positions = cache.positions(first, end)  # (S,) or (B, S)
+    def _embed(self, input_ids: Tensor, positions: Tensor) -> tuple[Tensor, Rotary | None]:
+        """Inputs of the first block (B, T, d), and the rotary table where positions are rotary."""
         x = self.token_embedding(input_ids)  # (B, T, d)
         if self.position_embedding is not None:
-            return x + self.position_embedding(positions[..., start - first :]), None, None
+            return x + self.position_embedding(positions), None
+        return x, self._rotary(positions)
+
+    def _rotary(self, positions: Tensor) -> Rotary:
         assert self.config.head_dim is not None
-        table = reference.rotary_table(positions, self.config.head_dim, self.config.rope_theta)
-        new = (table[0][..., start - first :, :], table[1][..., start - first :, :])
-        return x, new, table
+        return reference.rotary_table(positions, self.config.head_dim, self.config.rope_theta)
 
     def _document_mask(self, input_ids: Tensor, cache: KVCache | None, x: Tensor) -> Mask:
         """The mask that keeps attention within documents, of which padding is one more; None where

@@ -44,7 +44,12 @@ _KINDS = {
     "model.vocab_size": "evaluation",
     "model.dropout": "optimizer",
 }
-_KIND_OF_BLOCK = {"training": "optimizer", "execution": "execution", "deepspeed": "execution"}
+_KIND_OF_BLOCK = {
+    "training": "optimizer",
+    "distillation": "optimizer",
+    "execution": "execution",
+    "deepspeed": "execution",
+}
 
 
 class PageWarning(NamedTuple):

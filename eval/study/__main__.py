@@ -75,7 +75,7 @@ def _notes(study: StudyConfig, arms: list[Arm]) -> Iterator[str]:
         example = planned(study, arms[0].name, sweep.learning_rates[0], sweep.seeds[0], trial=True)
         whole = planned(study, arms[0].name, sweep.learning_rates[0], study.seeds[0], trial=False)
         steps, all_steps = (one.config.training.max_steps for one in (example, whole))
-        short = ": the best rate of a shorter run may be higher" if steps < all_steps else ""
+        short = ": that of whole runs may be another" if steps < all_steps else ""
         yield (
             f"Learning rates were chosen by the validation loss of runs of {steps:,} of "
             f"{all_steps:,} steps, seed {', '.join(map(str, sweep.seeds))}{short}. The losses of "

@@ -665,8 +665,12 @@ def test_the_markdown_table_has_the_numbers_of_the_json(made: dict[str, Any]):
         if arm["name"] == made["json"]["baseline"]:
             assert cells["difference"] == cells["p (Holm)"] == "–"
         else:
-            assert cells["difference"].startswith(f"{arm['difference_nats_per_token']:+.4f} (")
-            assert cells["p (Holm)"].startswith(f"{arm['difference_p']:.2g}")
+            low = arm["difference_low_nats_per_token"]
+            interval = "" if low is None else f" ({low:+.4f} to "
+            shown = f"{arm['difference_nats_per_token']:+.4f}{interval}"
+            assert cells["difference"].startswith(shown)
+            p = arm["difference_p"]
+            assert cells["p (Holm)"].startswith("n/a" if p is None else f"{p:.2g}")
 
 
 def test_what_is_shown_is_the_number_rounded(made: dict[str, Any]):
@@ -733,7 +737,8 @@ def test_page_needs_no_other_file(made: dict[str, Any]):
     assert all(image.get("alt") for image in page.iter("img"))
     assert "url(" not in html.tostring(page.xpath("//style")[0]).decode()
     files = sorted(path.name for path in made["page"].parent.iterdir())
-    assert files == sorted(["comparison.json", "index.html", *(f"{n}.png" for n in plots.FILES)])
+    written = ["comparison.json", "comparison.md", "index.html"]
+    assert files == sorted([*written, *(f"{n}.png" for n in plots.FILES)])
     for name in plots.FILES:
         assert (made["page"].parent / f"{name}.png").read_bytes().startswith(b"\x89PNG")
 
@@ -768,7 +773,7 @@ def test_command_writes_the_same_bytes_as_another_process(
     arms = group([read_run(path) for path in paths])
     write_page(tmp_path / "b", arms, baseline="lpa", title="Ω")
     files = sorted(path.name for path in (tmp_path / "a").iterdir())
-    assert len(files) == 5
+    assert len(files) == 6
     assert files == sorted(path.name for path in (tmp_path / "b").iterdir())
     for name in files:
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes(), name
