@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import safetensors.torch
+from safetensors import SafetensorError
 
 from data.errors import InputError
 from data.shards import sha256_file
@@ -39,8 +40,10 @@ def write(output: Path, dense: Dense, converted: Converted, how: dict[str, Any])
             flush_to_disk(path)
         require_new(output)  # it may have come while we computed
         put_in_place(aside, output)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(aside, ignore_errors=True)
+        if isinstance(error, SafetensorError):  # how it reports a full disk
+            raise InputError(f"--output {output}: cannot be written ({error})") from None
         raise
 
 

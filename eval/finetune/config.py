@@ -255,6 +255,11 @@ class TuneConfig:
             raise ValueError(
                 f"sparsity: delta.method {self.delta['method']} has no gates; use sora"
             )
+        if self.sparsity != SparsityConfig() and self.freeze_delta:
+            raise ValueError(
+                "sparsity: freeze_delta is true, and gates of a frozen delta are not trained; "
+                "leave one of them out"
+            )
         if self.sparsity.l1 and self.deepspeed.zero_stage == 3:
             raise ValueError("sparsity.l1: ZeRO stage 3 takes gates apart; allowed is 0")
         if self.sparsity.prune_every and self.deepspeed.zero_stage:

@@ -137,7 +137,9 @@ def setup(config: TuneConfig, name: str, seed: int, device: torch.device) -> Job
     attach(model, config.delta, seed, config.start, config.freeze_delta)
     ranks, counts = _ranks(model), parameter_counts(model)
     if progress.delta is not None and progress.delta != config.delta:
-        model.deltas = None  # hooks of the first one act on nothing
+        if model.deltas is not None:
+            model.deltas.detach()  # its hooks would go on acting beside those of the pruned one
+        model.deltas = None
         attach(model, progress.delta, seed)
     schedule = stage_schedule(config, tuning, len(splits.train), progress.stage, seed)
     schedule.accumulation(distributed.world_size())  # refuses a batch that does not divide

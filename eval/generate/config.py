@@ -60,6 +60,10 @@ class GenerateConfig:
                 raise ValueError(f"--{name}: {value}; it must be at least 1")
         if self.temperature != 0 and not 1e-3 <= self.temperature < math.inf:
             raise ValueError(f"--temperature: {self.temperature}; it must be 0 or at least 0.001")
+        if not 0 <= self.seed <= self.seed + self.num_samples < 2**63:
+            raise ValueError(f"--seed: {self.seed}; it must be at least 0 and under 2^63")
+        if not all(isinstance(text, str) for text in self.stop):
+            raise ValueError(f"--stop: {self.stop}; each must be a text")
         for name, texts in (("prompt", [self.prompt]), ("stop", self.stop)):
             if any(0xD800 <= ord(c) < 0xE000 for text in texts for c in text):
                 raise ValueError(f"--{name}: is not UTF-8 text")

@@ -44,6 +44,12 @@ class Session:
             except (EOFError, KeyboardInterrupt):
                 print()
                 return
+            except UnicodeDecodeError:
+                print("that is not UTF-8 text")
+                continue
+            if any(0xD800 <= ord(c) < 0xE000 for c in line):  # bytes that are not UTF-8
+                print("that is not UTF-8 text")
+                continue
             if line.strip() == "/quit":
                 return
             if line.startswith("/"):

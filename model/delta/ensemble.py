@@ -163,8 +163,10 @@ def combine(parts: Mapping[str, Delta], by: Mapping[str, float], rank: int | Non
         found = [(by[name], *products[name][path]) for name in parts if path in products[name]]
         up = torch.cat([weight * b for weight, b, _ in found], dim=1)
         down = torch.cat([a for _, _, a in found])
-        if rank is not None:
-            up, down = truncated(up, down, rank)
+        # A product has no more rank than its widths, and a LoRA of more could not be read again.
+        most = min(len(up), down.size(1)) if rank is None else rank
+        if rank is not None or len(down) > most:
+            up, down = truncated(up, down, most)
         layer = LoraLayer(down.size(1), up.size(0), len(down), 1.0)
         layer.to(down.device, down.dtype)
         layer.A.copy_(down)

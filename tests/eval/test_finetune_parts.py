@@ -387,6 +387,7 @@ def test_wrong_options_are_one_line(options: list[str], message: str):
         (["--sparsity.stages", "3"], r"sparsity\.last_strength"),
         (["--sparsity.stages", "2", "--sparsity.last_strength", "0"], "first <= last"),
         (["--sparsity.strength", "-1"], "at least 0"),
+        (["--freeze_delta", "true"], "sparsity: freeze_delta is true"),
     ],
 )
 def test_wrong_sparsity_is_one_line(options: list[str], message: str):

@@ -255,7 +255,7 @@ def test_interactive(model: Transformer, tokenizer: Tokenizer, capsys: pytest.Ca
         [
             "The", "+ and", "/set temperature 0", "The", "/set top_k many", "/set seed 1.5",
             "/set temperature -1", "/nothing", "/show", "/help", "word " * 100, "a\\nb",
-            '/set stop "\\n"',
+            '/set stop "\\n"', "/set stop [1, 2]", "/set seed 99999999999999999999999", "x\udcff",
         ]
     )  # fmt: skip
 
@@ -282,6 +282,9 @@ def test_interactive(model: Transformer, tokenizer: Tokenizer, capsys: pytest.Ca
     assert "no room" in parts[11]
     assert parts[12].startswith("a\nb")
     assert session.config.stop == ["\n"]
+    assert "not set: --stop: [1, 2]" in parts[14]
+    assert "not set: --seed: 9999" in parts[15]
+    assert "not UTF-8" in parts[16]
 
 
 def test_ctrl_c_ends_the_text_and_ctrl_d_the_session(trained: Path):
@@ -354,6 +357,8 @@ def test_a_cache_of_latents_needs_latents(trained: Path, tmp_path: Path, form: s
     [
         (["--temperature", "-1"], "--temperature: -1"),
         (["--stop", '[""]'], "--stop"),
+        (["--seed", "99999999999999999999999"], "--seed"),
+        (["--seed", "-1"], "--seed: -1"),
         (["--batch_size", "0"], "--batch_size: 0"),
         (["--cache", "none"], "cache"),
         (["--prompt", "a", "--interactive", "true"], "--interactive"),
