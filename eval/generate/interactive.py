@@ -21,9 +21,7 @@ Ctrl-C ends a text that is being written, Ctrl-D or /quit the session.
 
 
 class Session:
-    """Reads lines until their end. `read` gives the next one and raises EOFError behind the last;
-    Ctrl-C while it waits ends the session too.
-    """
+    """Reads lines until their end. `read` gives the next, and raises EOFError behind the last."""
 
     def __init__(
         self,
@@ -38,24 +36,32 @@ class Session:
     def run(self) -> None:
         """The session."""
         print("/help says what can be typed here")
-        while True:
+        over = False
+        while not over:
             try:
-                line = self.read("> ")
-            except (EOFError, KeyboardInterrupt):
+                over = self._turn()
+            except KeyboardInterrupt:  # it may have been meant for a text that had just ended
                 print()
-                return
-            except UnicodeDecodeError:
-                print("that is not UTF-8 text")
-                continue
-            if any(0xD800 <= ord(c) < 0xE000 for c in line):  # bytes that are not UTF-8
-                print("that is not UTF-8 text")
-                continue
-            if line.strip() == "/quit":
-                return
-            if line.startswith("/"):
-                self._command(*line[1:].split(maxsplit=2))
-            else:
-                self._complete(line.replace("\\n", "\n"))
+
+    def _turn(self) -> bool:
+        """One line; whether the session is over."""
+        try:
+            line = self.read("> ")
+        except EOFError:
+            print()
+            return True
+        except UnicodeDecodeError:
+            print("that is not UTF-8 text")
+            return False
+        if any(0xD800 <= ord(c) < 0xE000 for c in line):  # bytes that are not UTF-8
+            print("that is not UTF-8 text")
+        elif line.strip() == "/quit":
+            return True
+        elif line.startswith("/"):
+            self._command(*line[1:].split(maxsplit=2))
+        else:
+            self._complete(line.replace("\\n", "\n"))
+        return False
 
     def _command(self, name: str = "", key: str = "", value: str = "") -> None:
         if name == "help":

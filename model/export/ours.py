@@ -26,6 +26,10 @@ def write_ours(source: Source, dtype: torch.dtype, folder: Path) -> int:
         path.name: {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
         for path in sorted(folder.iterdir())
     }
-    # Where its run began is a path of this machine.
-    checkpoint.write_state(folder, {**source.state, "began_from": None, "files": files})
+    # Where its run began, and from what, are paths of this machine; the sums stay.
+    state = {**source.state, "began_from": None, "files": files}
+    for key, paths in (("init_from", ("path", "folder")), ("converted", ("from",))):
+        if isinstance(state.get(key), dict):
+            state[key] = {k: v for k, v in state[key].items() if k not in paths}
+    checkpoint.write_state(folder, state)
     return source.config.num_parameters()

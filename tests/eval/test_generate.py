@@ -142,6 +142,13 @@ def test_a_stop_string_ends_the_text_before_it(tokenizer: Tokenizer, text, stops
     assert stream.finish == (None if expected is None else "stop")
 
 
+def test_the_first_of_several_stop_strings_ends_the_text(tokenizer: Tokenizer):
+    """Also where one token, or a character that was torn, brings both at once."""
+    stream = TextStream(tokenizer, tokenizer.encode_document("so:"), ["three", "two"])
+    assert stream._show("one two three", whole=True) == "one "
+    assert stream.finish == "stop"
+
+
 # --- batches -------------------------------------------------------------------------------------
 
 
@@ -256,6 +263,7 @@ def test_interactive(model: Transformer, tokenizer: Tokenizer, capsys: pytest.Ca
             "The", "+ and", "/set temperature 0", "The", "/set top_k many", "/set seed 1.5",
             "/set temperature -1", "/nothing", "/show", "/help", "word " * 100, "a\\nb",
             '/set stop "\\n"', "/set stop [1, 2]", "/set seed 99999999999999999999999", "x\udcff",
+            "ctrl-c", "/show",
         ]
     )  # fmt: skip
 
@@ -264,6 +272,8 @@ def test_interactive(model: Transformer, tokenizer: Tokenizer, capsys: pytest.Ca
         line = next(lines, None)
         if line is None:
             raise EOFError
+        if line == "ctrl-c":
+            raise KeyboardInterrupt
         return line
 
     session = Session(model, tokenizer, config(max_new_tokens=5, cache="value_latent"), read)
@@ -285,6 +295,7 @@ def test_interactive(model: Transformer, tokenizer: Tokenizer, capsys: pytest.Ca
     assert "not set: --stop: [1, 2]" in parts[14]
     assert "not set: --seed: 9999" in parts[15]
     assert "not UTF-8" in parts[16]
+    assert "temperature" in parts[18]  # Ctrl-C at the prompt leaves the session as it is
 
 
 def test_ctrl_c_ends_the_text_and_ctrl_d_the_session(trained: Path):

@@ -16,6 +16,7 @@ from model.delta.ensemble import (
     score,
     weights,
 )
+from model.delta.files import fingerprint, load_delta, save_delta
 from tests.model.delta.backbones import Plain, logits, ours, plain, randomise
 
 BOTH = ["first", "second"]
@@ -188,6 +189,22 @@ def test_a_truncated_combination_is_the_best_of_its_rank():
         values = torch.linalg.svdvals(whole)
         assert torch.linalg.matrix_rank(found) == 2
         assert (whole - found).norm().item() == pytest.approx(values[2:].norm().item())
+
+
+def test_a_combination_has_no_more_rank_than_its_widths(tmp_path):
+    """Three of rank 5 on 12 -> 20 and 20 -> 6: exact in rank 12 and 6, and so it can be read."""
+    model, deltas = tuned(*[LoraConfig(targets=BOTH, r=5)] * 3)
+    parts, by = {n: deltas[n] for n in "abc"}, {"a": 0.2, "b": 0.5, "c": 0.3}
+    combined = combine(parts, by)
+    save_delta(combined, tmp_path / "all", fingerprint(model))
+    read = load_delta(tmp_path / "all", model).delta
+    for path in BOTH:
+        expected = sum(by[n] * torch.matmul(*parts[n].layer(path).factors()) for n in "abc")
+        for found in (combined.layer(path), read.layer(path)):
+            assert found.rank == min(expected.shape)
+            product = torch.matmul(*found.factors())
+            # Files hold float32.
+            torch.testing.assert_close(product, expected, rtol=1e-6, atol=1e-6, check_dtype=False)
 
 
 def test_an_average_is_of_parameters():

@@ -142,12 +142,17 @@ def test_lm_eval_gives_our_log_likelihoods(
 def test_our_own_format_is_a_checkpoint(tied: bool, tokenizer_file: Path, tmp_path: Path):
     model = random_model(tie_embeddings=tied)
     state = {"began_from": "/some/where/checkpoints"}
+    state |= {"init_from": {"path": "/some/where", "folder": "/some/where/else", "sha256": "ab"}}
+    state |= {"converted": {"from": "/some/where", "method": "svd"}}
     source = write_checkpoint(model, tokenizer_file, tmp_path / "source", **state)
     out = tmp_path / "out"
     export(ExportConfig(str(source), "safetensors", str(out), precision="bf16"))
     files = {"model.safetensors", "model.json", "tokenizer.model", "checkpoint.json"}
     assert {path.name for path in out.iterdir()} == files | {"README.md"}
-    assert checkpoint.read_state(out)["began_from"] is None, "a path of the machine"
+    found_state = checkpoint.read_state(out)
+    assert "some/where" not in json.dumps(found_state), "a path of the machine"
+    assert found_state["init_from"] == {"sha256": "ab"}
+    assert found_state["converted"] == {"method": "svd"}
     assert checkpoint.load_tokenizer(out).sha256 == checkpoint.load_tokenizer(source).sha256
     weights = load_file(out / "model.safetensors")
     assert {value.dtype for value in weights.values()} == {torch.bfloat16}
