@@ -17,13 +17,14 @@ class StepClock:
     The first `untimed_steps` steps of a process count in no mean: they compile kernels and fill
     caches. On a GPU phases are measured by events in its stream and read at a report, which waits
     for it anyway; "data" is the time for which the host waits for tokens. Reductions of gradients
-    that DeepSpeed does at the end of an accumulation are in "optimizer".
+    that DeepSpeed does at the end of an accumulation are in "optimizer". CPU seconds are those of
+    all threads of the process, which other processes on the machine do not lengthen.
     """
 
     def __init__(self, device: torch.device, untimed_steps: int) -> None:
         self.device, self.untimed_steps = device, untimed_steps
         self.steps_done = 0
-        self.total_steps, self.total_seconds = 0, 0.0
+        self.total_steps, self.total_seconds, self.total_cpu_seconds = 0, 0.0, 0.0
         self.totals = dict.fromkeys(PHASES, 0.0)
         self.restart()
 
@@ -32,7 +33,7 @@ class StepClock:
         self.steps, self.counts = 0, True
         self.phases = dict.fromkeys(PHASES, 0.0)
         self.events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
-        self.started = time.perf_counter()
+        self.started, self.cpu_started = time.perf_counter(), time.process_time()
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -61,10 +62,11 @@ class StepClock:
     def paused(self) -> Iterator[None]:
         """What runs inside of it, such as a validation, is in no window."""
         self._wait()
-        begun = time.perf_counter()
+        begun, cpu_begun = time.perf_counter(), time.process_time()
         yield
         self._wait()
         self.started += time.perf_counter() - begun
+        self.cpu_started += time.process_time() - cpu_begun
 
     def _wait(self) -> None:
         if self.device.type == "cuda":
@@ -84,6 +86,7 @@ class StepClock:
         if self.counts and self.steps_done - self.steps >= self.untimed_steps:
             self.total_steps += self.steps
             self.total_seconds += seconds
+            self.total_cpu_seconds += time.process_time() - self.cpu_started
             for name in PHASES:
                 self.totals[name] += self.phases[name]
         self.restart()

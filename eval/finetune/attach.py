@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from data.errors import InputError
-from eval.finetune.config import PEFT, fail_as_input
+from eval.finetune import peft_bridge
+from eval.finetune.config import PEFT
 from eval.finetune.heads import TaskModel
 from model.delta import Deltas, config_from_dict
 from model.delta.files import CONFIG, load_delta
@@ -22,19 +23,20 @@ def attach(
     model: TaskModel,
     delta: dict[str, Any],
     seed: int,
+    steps: int,
     start: str | None = None,
     freeze_delta: bool = False,
 ) -> None:
-    """Adds the parameters that `delta` means, freezes what is not trained. start: a delta's folder
-    to take them from; freeze_delta: only a head is trained. InputError where it does not fit the
-    backbone.
+    """Adds the parameters that `delta` means, freezes what is not trained. steps: of the run.
+    start: a delta's folder to take them from; freeze_delta: only a head is trained. InputError
+    where it does not fit the backbone.
     """
     torch.manual_seed(seed)
     method = delta["method"]
     if method == "full":
         return
     if method == PEFT:
-        _attach_peft(model, delta)
+        model.backbone = peft_bridge.wrap(model.backbone, delta, steps)
         return
     for parameter in model.backbone.parameters():
         parameter.requires_grad_(False)
@@ -92,33 +94,6 @@ def start_mark(start: str | None) -> str | None:
         return str(json.loads(path.read_text(encoding="utf-8"))["tensors_sha256"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"start: {path}: not a delta's ({error})") from None
-
-
-def _attach_peft(model: TaskModel, delta: dict[str, Any]) -> None:
-    try:
-        import peft
-        from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
-    except ImportError:
-        raise InputError("delta.method: peft needs the package peft; pip install peft") from None
-    known = {str(kind.value): one for kind, one in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
-    kind = delta["peft_type"]
-    if kind not in known:
-        raise InputError(f"delta.peft_type: {kind!r}; allowed are {', '.join(sorted(known))}")
-    fields = {key: value for key, value in delta.items() if key not in ("method", "peft_type")}
-    try:
-        wrapped: Any = peft.get_peft_model(model.backbone, known[kind](**fields))
-    except (TypeError, ValueError, AttributeError, KeyError, NotImplementedError) as error:
-        found = fail_as_input(error)
-        raise InputError(f"delta: peft's {kind} does not fit this backbone: {found}") from None
-    model.backbone = wrapped
-
-
-def after_step(model: TaskModel, step: int) -> None:
-    """What a peft method wants after each optimizer step: AdaLoRA allocates its ranks."""
-    tuner = getattr(model.backbone, "base_model", None)
-    allocate = getattr(tuner, "update_and_allocate", None)
-    if allocate is not None:
-        allocate(step)
 
 
 def groups(model: TaskModel, weight_decay: float, head_multiplier: float) -> list[dict[str, Any]]:

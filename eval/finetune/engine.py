@@ -1,17 +1,22 @@
 """The engine of pre-training, around a TaskModel: the same steps at every ZeRO stage."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from data.errors import InputError
+from eval.finetune import peft_bridge
 from eval.finetune.attach import groups
-from eval.finetune.config import TuningConfig
+from eval.finetune.config import PEFT, TuningConfig
 from eval.finetune.heads import TaskModel, run
 from eval.finetune.texts import Batch
 from model.delta.prox import gate_parameters, l1_term, reference_threshold, soft_threshold
 from training import full_state
+from training.clock import StepClock
 from training.config import DeepSpeedConfig, TrainingConfig
 from training.engine import StepEngine
 from training.schedule import learning_rate
@@ -54,7 +59,27 @@ class TuneEngine(StepEngine):
             eps=tuning.eps,
             fused=True,
         )
+        self.step_at_work = 0
+        if peft_bridge.allocates_ranks(model.backbone):
+            if deepspeed.zero_stage:
+                raise InputError(
+                    f"deepspeed.zero_stage: {deepspeed.zero_stage}, but {PEFT} allocates ranks by "
+                    "whole gradients; allowed is 0"
+                )
+            # DeepSpeed clears the gradients right after AdamW's step.
+            adamw.register_step_post_hook(self._allocate_ranks)
         self.initialize(model, adamw)
+
+    def train_step(
+        self, step: int, next_batch: Callable[[], Any], clock: StepClock
+    ) -> tuple[Tensor, Any]:
+        """As StepEngine's."""
+        self.step_at_work = step
+        return super().train_step(step, next_batch, clock)
+
+    def _allocate_ranks(self, *_: Any) -> None:
+        if self.step_was_applied():
+            peft_bridge.allocate(self.model.backbone, self.step_at_work)
 
     def begin_stage(self, stage: TrainingConfig, first_step: int) -> None:
         """The schedule begins anew at this step: warm-up, peak, decay."""

@@ -8,7 +8,6 @@ from torch import Tensor
 
 from data.errors import InputError
 from eval.finetune import state
-from eval.finetune.attach import after_step
 from eval.finetune.evaluate import evaluate
 from eval.finetune.setup import Job
 from eval.finetune.sparsity import prune_in_place, rank_rows
@@ -78,7 +77,6 @@ def _step(job: Job, order: TrainingOrder) -> None:
     if strength and engine.step_was_applied():
         compat = job.config.sparsity.reference_compat
         engine.proximal_step(strength if compat else engine.rate(step) * strength, compat)
-    after_step(engine.model, step)
     progress.step = done = step + 1
     every = job.config.sparsity.prune_every
     if every and done % every == 0:
@@ -204,19 +202,20 @@ def _end_stage(job: Job) -> None:
 
 def save(job: Job) -> None:
     """Writes a checkpoint; every rank calls it."""
-    _count_seconds(job)
+    count_seconds(job)
     job.progress.skipped = job.engine.skipped_steps()
     state.save(job.engine, job.folder, {**job.progress.to_dict(), "identity": job.identity})
 
 
-def _count_seconds(job: Job) -> None:
+def count_seconds(job: Job) -> None:
     """Adds the seconds of training since the last call to the progress."""
     if job.clock.steps:
         job.clock.window()
     mean = job.clock.mean()
     if mean is not None:
         job.progress.seconds += mean["steps"] * mean["seconds_per_step"]
-    job.clock.total_steps, job.clock.total_seconds = 0, 0.0
+        job.progress.cpu_seconds += job.clock.total_cpu_seconds
+    job.clock.total_steps, job.clock.total_seconds, job.clock.total_cpu_seconds = 0, 0.0, 0.0
 
 
 def _guard(job: Job, skipped: int) -> None:
@@ -236,9 +235,3 @@ def _guard(job: Job, skipped: int) -> None:
         f"out, their loss or gradient was not finite; learning rate {rate:.3g}; not_finite.json "
         "has the examples of the last step; lower tuning.learning_rate"
     )
-
-
-def finish_seconds(job: Job) -> float:
-    """Seconds of training in all."""
-    _count_seconds(job)
-    return job.progress.seconds

@@ -21,6 +21,7 @@ class Progress:
         stages: What came of the stages that are over.
         delta: The delta's configuration, which pruning changes.
         seconds: Of training, without validations and saves.
+        cpu_seconds: The same as CPU time of this rank's process, all threads.
         tokens: Real tokens that were trained on, padding left out.
         skipped: Steps that were left out because they were not finite.
     """
@@ -36,6 +37,7 @@ class Progress:
     stages: list[dict[str, Any]] = field(default_factory=list)
     delta: dict[str, Any] | None = None
     seconds: float = 0.0
+    cpu_seconds: float = 0.0
     tokens: int = 0
     skipped: int = 0
 

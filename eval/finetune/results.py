@@ -8,7 +8,7 @@ from typing import Any
 from data.errors import InputError
 from eval.finetune import state
 from eval.finetune.config import TuneConfig
-from eval.finetune.loop import finish_seconds, score
+from eval.finetune.loop import count_seconds, score
 from eval.finetune.setup import Job
 from eval.finetune.sparsity import write_report
 from training import distributed, hardware
@@ -19,7 +19,8 @@ RESULT = "result.json"
 
 def finish(job: Job) -> dict[str, Any]:
     """Scores the best state on test, and writes result.json; every rank calls it."""
-    seconds = finish_seconds(job)
+    count_seconds(job)
+    seconds = job.progress.seconds
     state.load_best(job.engine, job.folder)
     best = job.progress.stages[-1]
     test = score(job, "test")
@@ -39,6 +40,7 @@ def finish(job: Job) -> dict[str, Any]:
         "examples": {split: len(rows) for split, rows in job.rows.items()},
         "trained_parameters": job.counts,
         "seconds_training": seconds,
+        "cpu_seconds_training": job.progress.cpu_seconds,
         "tokens_trained": job.progress.tokens,
         "skipped_steps": job.engine.skipped_steps(),
         # On the CPU that of the whole process, which may have made other runs before.
@@ -82,12 +84,23 @@ def over_seeds(results: list[dict[str, Any]]) -> dict[str, Any]:
     for split in ("val", "test"):
         names = first[split]
         found[split] = {name: mean_sd([one[split][name] for one in results]) for name in names}
-    found["seconds_training"] = mean_sd([one["seconds_training"] for one in results])
+    for key in ("seconds_training", "cpu_seconds_training"):
+        found[key] = mean_sd([one[key] for one in results])
     if all("after_pruning" in one for one in results):
         found["parameters_after_pruning"] = mean_sd(
             [one["after_pruning"]["total"] for one in results]
         )
+    if len(first["stages"]) > 1:
+        found["stages"] = [
+            _stage([one["stages"][i] for one in results]) for i in range(len(first["stages"]))
+        ]
     return found
+
+
+def _stage(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """A stage over the seeds. memorisation_percent and the like are of each seed's first stage."""
+    values = {key: [row[key] for row in rows] for key in rows[0] if key != "stage"}
+    return {key: mean_sd(every) for key, every in values.items() if None not in every}
 
 
 def mean_sd(values: list[float]) -> dict[str, float | None]:

@@ -6,9 +6,10 @@ import torch
 
 from eval.finetune import state
 from eval.finetune.config import TuneConfig
+from eval.finetune.identity import identity_now
 from eval.finetune.loop import train
 from eval.finetune.results import RESULT, finish, read_result, write_task
-from eval.finetune.setup import identity_of, read_task, setup
+from eval.finetune.setup import read_task, setup
 from training import distributed, run_dir
 from training.signals import StopSignal
 
@@ -29,14 +30,10 @@ def run_one(
 
 
 def _require_same(config: TuneConfig, task: str, seed: int) -> None:
-    """InputError where the result that is there is of another configuration."""
+    """InputError where the result that is there is of another configuration, backbone or data."""
     path = config.folder(task, seed) / RESULT
     was = read_result(path)["identity"]
-    definition, _ = read_task(config, task)
-    now = identity_of(config, config.tuning_of(task), definition, seed, "", [])
-    for key in ("backbone_fingerprint", "train_sha256"):  # these would take reading both
-        now.pop(key)
-    state.require_same(path, was, now)
+    state.require_same(path, was, identity_now(config, *read_task(config, task), seed))
 
 
 def _run(config: TuneConfig, task: str, seed: int, device: torch.device, stop: StopSignal) -> bool:

@@ -1,8 +1,5 @@
 """Everything that a run of one task and one seed works with, built and resumed."""
 
-import dataclasses
-import hashlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,24 +8,21 @@ import torch
 
 from data.errors import InputError
 from eval.finetune import state
-from eval.finetune.attach import attach, parameter_counts, start_mark
+from eval.finetune.attach import attach, parameter_counts
 from eval.finetune.backbones import load_backbone
 from eval.finetune.config import TuneConfig, TuningConfig
 from eval.finetune.engine import TuneEngine
 from eval.finetune.heads import TaskModel
+from eval.finetune.identity import encoded, identity_of, mark_of
 from eval.finetune.progress import Progress
 from eval.finetune.reading import Example, Splits, permutation, read_splits
 from eval.finetune.tasks import Task, find_task
 from eval.finetune.texts import Encoded, Encoder, TrainingOrder
-from model.delta.files import fingerprint
 from model.delta.methods.lora import LoraLayer
 from training import distributed, hardware, run_dir
 from training.clock import StepClock
 from training.config import TrainingConfig
 from training.metrics import Metrics
-
-# Of `tuning`, what a run that goes on may have otherwise.
-MAY_CHANGE = ("log_every", "checkpoint_every", "eval_batch_size", "micro_batch_size")
 
 
 @dataclass
@@ -123,30 +117,27 @@ def setup(config: TuneConfig, name: str, seed: int, device: torch.device) -> Job
         raise InputError(f"deepspeed.zero_stage: 3, but {name} generates text; allowed are 0 to 2")
     backbone = load_backbone(config.backbone, device)
     encoder = Encoder(backbone.tokenizer, config.texts, backbone.max_seq_len)
-    encode = encoder.encode_answer if task.kind == "lm" else encoder.encode
-    rows = {
-        split: [encode(one) for one in getattr(splits, split)] for split in ("train", "val", "test")
-    }
+    rows = encoded(encoder, task, splits)
+    mark = mark_of(backbone, with_head=task.kind == "lm")
     model = TaskModel(backbone, task, seed)
-    left_out = [backbone.head_name] if model.head is not None else []
-    mark = fingerprint(backbone.module, left_out)
-    identity = identity_of(config, tuning, task, seed, mark, rows["train"])
+    identity = identity_of(config, task, seed, mark, rows)
     found = state.newest(folder, identity) if first else None
     found = distributed.from_rank_0(found)
     progress = Progress.of(found[1]) if found is not None else Progress()
-    attach(model, config.delta, seed, config.start, config.freeze_delta)
+    steps = stage_schedule(config, tuning, len(splits.train), 0, seed).max_steps
+    attach(model, config.delta, seed, steps, config.start, config.freeze_delta)
     ranks, counts = _ranks(model), parameter_counts(model)
     if progress.delta is not None and progress.delta != config.delta:
         if model.deltas is not None:
             model.deltas.detach()  # its hooks would go on acting beside those of the pruned one
         model.deltas = None
-        attach(model, progress.delta, seed)
+        attach(model, progress.delta, seed, steps)
     schedule = stage_schedule(config, tuning, len(splits.train), progress.stage, seed)
     schedule.accumulation(distributed.world_size())  # refuses a batch that does not divide
     engine = TuneEngine(model, tuning, schedule, config.deepspeed, device, config.sparsity.l1)
     engine.begin_stage(schedule, progress.stage_start)
     if found is not None:
-        state.load(engine, found[0], found[1]["optimizer_steps"])
+        state.load(engine, *found)
         engine.skipped_before = progress.skipped
     if first:
         (folder / "config.yaml").write_text(config.to_yaml())
@@ -167,35 +158,6 @@ def _ranks(model: TaskModel) -> dict[str, int]:
         return {}
     named = model.delta.named_layers()
     return {name: one.rank for name, one in named if isinstance(one, LoraLayer)}
-
-
-def identity_of(
-    config: TuneConfig,
-    tuning: TuningConfig,
-    task: Task,
-    seed: int,
-    mark: str,
-    train: list[Encoded],
-) -> dict[str, Any]:
-    """What must be the same when a run goes on."""
-    settings = {k: v for k, v in dataclasses.asdict(tuning).items() if k not in MAY_CHANGE}
-    digest = hashlib.sha256()
-    for row in train:
-        digest.update(json.dumps([row.ids, row.label, row.answer]).encode())
-    found = {
-        "task": dataclasses.asdict(task),
-        "seed": seed,
-        "delta": config.delta,
-        "start": start_mark(config.start),
-        "freeze_delta": config.freeze_delta or None,  # none is what older runs have
-        "tuning": settings,
-        "texts": dataclasses.asdict(config.texts),
-        "sparsity": dataclasses.asdict(config.sparsity),
-        "backbone_fingerprint": mark,
-        "train_sha256": digest.hexdigest(),
-    }
-    same: dict[str, Any] = json.loads(json.dumps(found))  # tuples as JSON has them
-    return same
 
 
 def say_what_runs(job: Job, resumed: Path | None) -> None:

@@ -4,6 +4,7 @@ RUN/checkpoints/step-00000100/
   checkpoint.json         progress, and the files with their sums
   weights.safetensors     the trained parameters in fp32
   optimizer.safetensors   AdamW's moments
+  allocation.safetensors  running averages of peft's AdaLoRA
 RUN/best/
   trained.safetensors     the trained parameters
   delta/                  the delta with the head, as model.delta.files writes it
@@ -22,6 +23,7 @@ from torch import Tensor
 
 from data.errors import InputError
 from data.shards import sha256_file
+from eval.finetune import peft_bridge
 from eval.finetune.engine import TuneEngine
 from eval.finetune.heads import TaskModel
 from model.delta import Delta, config_from_dict
@@ -32,6 +34,7 @@ from training.saving import flush_to_disk, put_in_place
 FORMAT_VERSION = 1
 KEEP = 2
 MOMENTS, WEIGHTS = "optimizer.safetensors", "weights.safetensors"
+ALLOCATION = "allocation.safetensors"
 TRAINED = "trained.safetensors"
 
 
@@ -52,14 +55,17 @@ def save(engine: TuneEngine, run_dir: Path, progress: Mapping[str, Any]) -> Path
         for kind in full_state.MOMENTS
         for name, value in tensors[kind].items()
     }
-    safetensors.torch.save_file(tensors["weight"], aside / WEIGHTS)
-    safetensors.torch.save_file(moments, aside / MOMENTS)
+    averages, pattern = peft_bridge.allocation(engine.model.backbone)
+    blobs = {WEIGHTS: tensors["weight"], MOMENTS: moments}
+    blobs |= {ALLOCATION: averages} if averages or pattern else {}
     files = {}
-    for name in (WEIGHTS, MOMENTS):
+    for name, blob in blobs.items():
+        safetensors.torch.save_file(blob, aside / name)
         flush_to_disk(aside / name)
         size = (aside / name).stat().st_size
         files[name] = {"bytes": size, "sha256": sha256_file(aside / name)}
     state = {"format_version": FORMAT_VERSION, "optimizer_steps": steps, **progress}
+    state |= {"rank_pattern": pattern} if pattern else {}
     checkpoint.write_state(aside, state | {"files": files})
     flush_to_disk(aside / "checkpoint.json")
     flush_to_disk(aside)
@@ -97,12 +103,19 @@ def require_same(where: Path, was: Mapping[str, Any], now: Mapping[str, Any]) ->
             )
 
 
-def load(engine: TuneEngine, folder: Path | None, steps: int) -> None:
-    """Sets weights and optimizer from a checkpoint; every rank calls it, rank 0 reads."""
-    if distributed.rank() != 0:
+def load(engine: TuneEngine, folder: Path, state: Mapping[str, Any]) -> None:
+    """Sets weights and optimizer from a checkpoint and its state; every rank calls it, rank 0
+    reads.
+    """
+    steps, first = int(state["optimizer_steps"]), distributed.rank() == 0
+    averages: dict[str, Tensor] = {}
+    if first and ALLOCATION in state["files"]:
+        averages = safetensors.torch.load_file(folder / ALLOCATION)
+    averages = distributed.from_rank_0(averages)
+    peft_bridge.set_allocation(engine.model.backbone, averages, state.get("rank_pattern", {}))
+    if not first:
         full_state.restore(engine, None, steps)
         return
-    assert folder is not None
     tensors = {
         "weight": safetensors.torch.load_file(folder / WEIGHTS),
         "moments": safetensors.torch.load_file(folder / MOMENTS),

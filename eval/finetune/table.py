@@ -2,7 +2,8 @@
 
 python -m eval.finetune.table runs/tune/small --output docs/results/small.md
 
-A row is a folder under the given ones that holds TASK/seed-N/result.json, named by its path.
+A row is a folder under the given ones that holds TASK/seed-N/result.json, named by its path. Runs
+with a schedule of stages have a second table, of what each stage came to.
 """
 
 import sys
@@ -67,27 +68,57 @@ def table(rows: list[Row]) -> str:
     tasks = list(dict.fromkeys(task for row in rows for task in row.tasks))
     metric = {task: row.tasks[task]["metric"] for row in rows for task in row.tasks}
     names = [f"{task} ({HEADLINES.get(metric[task], metric[task])})" for task in tasks]
-    header = ["method", "trained parameters", *names, "mean", "s of training", "seeds"]
+    header = ["method", "trained parameters", *names, "mean", "CPU s", "s", "seeds"]
     body = []
     for row in rows:
         values = [_cell(row.tasks.get(task)) for task in tasks]
-        body.append([row.name, _parameters(row), *values, _mean(row, tasks), _seconds(row, tasks)])
-        body[-1].append(_seeds(row))
+        seconds = [_seconds(row, tasks, f"{kind}seconds_training") for kind in ("cpu_", "")]
+        body.append([row.name, _parameters(row), *values, _mean(row, tasks), *seconds, _seeds(row)])
     aligned = ("left", *["right"] * (len(header) - 1))
     text = tabulate(body, header, tablefmt="pipe", colalign=aligned, disable_numparse=True)
     return (
         f"{text}\n\nMetrics on test in %, mean ± standard deviation over seeds. Seconds: of "
-        "training, all tasks, one seed. Parameters: all that are trained, of the task with most; "
+        "training, all tasks, one seed, by the CPU time of rank 0 and by the clock. Parameters: "
+        "all that are trained, of the task with most; "
         "after → the mean that is left when closed ranks are dropped.\n"
     )
+
+
+def stages(rows: list[Row]) -> str:
+    """Markdown, a line for each stage of each row and task with more than one; empty without."""
+    header = ["method", "task", "stage", "λ", "ranks", "memorisation", "generalisation", "test"]
+    body = []
+    for row in rows:
+        for task, found in row.tasks.items():
+            for number, stage in enumerate(found.get("stages", [])):
+                shares = [
+                    _share(stage.get(f"{name}_percent"))
+                    for name in ("memorisation", "generalisation")
+                ]
+                kept = f"{stage['ranks_kept']['mean']:.1f} of {stage['ranks']['mean']:.0f}"
+                strength = f"{stage['strength']['mean']:g}"
+                test = _share(stage["test"], 100)
+                body.append([row.name, task, number, strength, kept, *shares, test])
+    if not body:
+        return ""
+    text = tabulate(body, header, tablefmt="pipe", disable_numparse=True)
+    return (
+        f"\n{text}\n\nMemorisation and generalisation: the metric on training examples and on val, "
+        "in % of the first stage's. Ranks, metrics: means, ± standard deviation over seeds.\n"
+    )
+
+
+def _share(value: dict[str, Any] | None, times: float = 1.0) -> str:
+    if value is None:
+        return "–"
+    deviation = "" if value["sd"] is None else f" ± {times * value['sd']:.1f}"
+    return f"{times * value['mean']:.1f}{deviation}"
 
 
 def _cell(found: dict[str, Any] | None) -> str:
     if found is None:
         return "–"
-    value = found["test"][found["metric"]]
-    deviation = "" if value["sd"] is None else f" ± {100 * value['sd']:.1f}"
-    return f"{100 * value['mean']:.1f}{deviation}"
+    return _share(found["test"][found["metric"]], 100)
 
 
 def _parameters(row: Row) -> str:
@@ -109,10 +140,10 @@ def _mean(row: Row, tasks: list[str]) -> str:
     return f"{100 * sum(one['test'][one['metric']]['mean'] for one in found) / len(found):.1f}"
 
 
-def _seconds(row: Row, tasks: list[str]) -> str:
+def _seconds(row: Row, tasks: list[str], key: str) -> str:
     if any(task not in row.tasks for task in tasks):
         return "–"
-    return f"{sum(row.tasks[task]['seconds_training']['mean'] for task in tasks):,.0f}"
+    return f"{sum(row.tasks[task][key]['mean'] for task in tasks):,.0f}"
 
 
 def _seeds(row: Row) -> str:
@@ -130,7 +161,8 @@ def main(argv: list[str] | None = None) -> int:
     except ArgumentError as error:
         raise InputError(" ".join(str(error).split())) from None
     require_folder_of(options.output)
-    text = table(collect([Path(folder) for folder in options.folders]))
+    rows = collect([Path(folder) for folder in options.folders])
+    text = table(rows) + stages(rows)
     if options.output:
         Path(options.output).write_text(text, encoding="utf-8")
     else:

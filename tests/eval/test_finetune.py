@@ -17,6 +17,7 @@ from data.errors import InputError
 from data.shards import sha256_file
 from eval.finetune import loop
 from eval.finetune.config import SparsityConfig, TextConfig, TuneConfig, TuningConfig
+from eval.finetune.reading import read_splits
 from eval.finetune.run import run_all, run_one
 from eval.finetune.setup import setup
 from model import ModelConfig, Transformer, init_weights
@@ -221,7 +222,7 @@ def same(one: TuneConfig, other: TuneConfig) -> None:
     a, b = trained(one), trained(other)
     assert a.keys() == b.keys()
     assert all(torch.equal(a[name], b[name]) for name in a)
-    left_out = {"seconds_training", "peak_memory_bytes"}
+    left_out = {"seconds_training", "cpu_seconds_training", "peak_memory_bytes"}
     x, y = ({k: v for k, v in result(c).items() if k not in left_out} for c in (one, other))
     assert x == y
 
@@ -372,6 +373,36 @@ def test_a_run_goes_on_with_what_it_began_with(make: Any, device: torch.device):
     other = make({"method": "head"}, tuning={"epochs": 2.0})
     with pytest.raises(InputError, match=r"tuning was .* use another run_dir"):
         run_all(other, device, StopSignal())
+
+
+def test_a_result_stands_for_its_backbone_and_its_data(
+    make: Any, device: torch.device, backbone: Path, tasks: Path, tmp_path: Path
+):
+    """Both may change under their names: a backbone trained again, a file of examples mended."""
+    copies = {"backbone": tmp_path / "model", "data": tmp_path / "data"}
+    shutil.copytree(backbone, copies["backbone"])
+    shutil.copytree(tasks, copies["data"])
+    given = {key: str(folder) for key, folder in copies.items()}
+    config = make({"method": "head"}, tuning={"epochs": 1.0}, **given)
+    assert run_all(config, device, StopSignal())
+    assert run_all(config, device, StopSignal())
+    path = copies["data"] / "words" / "dev.jsonl"
+    text = path.read_text()
+    path.write_text(text.replace('"label": 1', '"label": 0', 1))
+    read_splits.cache_clear()  # of a process of its own
+    with pytest.raises(InputError, match=r"result\.json: data_sha256 was .* use another run_dir"):
+        run_all(config, device, StopSignal())
+    path.write_text(text)
+    read_splits.cache_clear()
+    weights = safetensors.torch.load_file(copies["backbone"] / "model.safetensors")
+    weights["layers.0.feed_forward.up_proj.weight"] += 1
+    file = copies["backbone"] / "model.safetensors"
+    safetensors.torch.save_file(weights, file)
+    state = checkpoint.read_state(copies["backbone"])
+    state["files"][file.name] = {"bytes": file.stat().st_size, "sha256": sha256_file(file)}
+    checkpoint.write_state(copies["backbone"], state)
+    with pytest.raises(InputError, match=r"result\.json: backbone_fingerprint was "):
+        run_all(config, device, StopSignal())
 
 
 def test_what_is_written_loads_onto_the_backbone_and_computes_the_same(

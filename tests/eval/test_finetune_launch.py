@@ -11,12 +11,14 @@ import torch
 import yaml
 
 from data.errors import InputError
-from eval.finetune.attach import after_step, attach, parameter_counts
+from eval.finetune import loop
+from eval.finetune.attach import attach
 from eval.finetune.grid import GridConfig, describe, merged, planned, run_grid
-from eval.finetune.heads import TaskModel, run
+from eval.finetune.heads import TaskModel
+from eval.finetune.run import run_one
+from eval.finetune.setup import setup
 from eval.finetune.table import collect, table
 from eval.finetune.tasks import GLUE
-from eval.finetune.texts import collate
 from tests.conftest import BIN, Runs, finish, free_port
 from tests.eval.test_finetune import (  # noqa: F401  # fixtures
     DEFINE,
@@ -25,9 +27,13 @@ from tests.eval.test_finetune import (  # noqa: F401  # fixtures
     WORDS,
     backbone,
     device,
+    make,
+    result,
     tasks,
 )
-from tests.eval.test_finetune_parts import CPU, ROWS, small, tokenizer  # noqa: F401
+from tests.eval.test_finetune_parts import small, tokenizer  # noqa: F401
+from training.config import DeepSpeedConfig
+from training.signals import StopSignal
 
 
 @pytest.fixture
@@ -94,31 +100,67 @@ def test_deepspeed_launches_it(options: Any, runs: Runs, tmp_path: Path):
 # --- peft and Hugging Face -----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["LORA", "ADALORA", "IA3", "VERA"])
-def test_peft_trains_our_backbone(tokenizer: Any, kind: str):  # noqa: F811
+PEFT: dict[str, dict[str, Any]] = {
+    "LORA": {"r": 4},
+    "ADALORA": {"init_r": 4, "target_r": 2, "tinit": 2, "tfinal": 4, "deltaT": 2},
+    "IA3": {"target_modules": ["gate_proj", "down_proj"], "feedforward_modules": ["down_proj"]},
+    "VERA": {"r": 4},
+}
+
+
+@pytest.mark.parametrize("kind", PEFT)
+def test_peft_tunes_our_backbone(make: Any, device: torch.device, backbone: Path, kind: str):  # noqa: F811
+    """In the real loop: what is trained is peft's and the head, and nothing else moves."""
     pytest.importorskip("peft")
-    fields: dict[str, Any] = {
-        "LORA": {"r": 4},
-        "ADALORA": {"init_r": 4, "target_r": 2, "total_step": 10, "tinit": 1, "tfinal": 2},
-        "IA3": {"feedforward_modules": ["down_proj"]},
-        "VERA": {"r": 4},
-    }[kind]
-    model = TaskModel(small(tokenizer), GLUE["cola"], 0)
-    before = run(model, collate(ROWS, CPU)).detach()
-    targets = ["gate_proj", "down_proj"] if kind == "IA3" else ["gate_proj", "up_proj"]
-    attach(model, {"method": "peft", "peft_type": kind, "target_modules": targets, **fields}, 0)
-    torch.testing.assert_close(run(model, collate(ROWS, CPU)).detach(), before)
-    counts = parameter_counts(model)
-    assert counts["delta"] > 0
-    assert counts["backbone"] == 0
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=0.1)
-    for step in range(3):
-        run(model, collate(ROWS, CPU)).pow(2).sum().backward()
-        optimizer.step()
-        after_step(model, step)
-        optimizer.zero_grad()
-    assert not torch.equal(run(model, collate(ROWS, CPU)), before)
+    targets = {"target_modules": ["gate_proj", "up_proj"]}
+    delta = {"method": "peft", "peft_type": kind} | targets | PEFT[kind]
+    config = make(delta, tuning={"epochs": 3.0, "learning_rate": 2e-2})
+    assert run_one(config, "words", 0, device, StopSignal())
+    found = result(config)
+    assert found["trained_parameters"]["delta"] > 0
+    assert found["trained_parameters"]["backbone"] == 0
+    assert found["test"]["accuracy"] >= 0.9
+    tensors = safetensors.torch.load_file(
+        config.folder("words", 0) / "best" / "peft" / "adapter_model.safetensors"
+    )
+    assert any(value.abs().sum() > 0 for value in tensors.values())
+
+
+ADALORA = {"method": "peft", "peft_type": "ADALORA", "target_modules": ["gate_proj"]} | PEFT[
+    "ADALORA"
+]
+
+
+def test_adalora_closes_ranks_by_the_gradients_of_each_step(make: Any, device: torch.device):  # noqa: F811
+    """2 of 4 a layer are left; the averages are in the checkpoint: a resumed run has its bits."""
+    pytest.importorskip("peft")
+    config = make(ADALORA, tuning={"epochs": 3.0, "checkpoint_every": 7})
+    folder, ends = config.folder("words", 0), []
+    folder.mkdir(parents=True)
+    for start in (0, 7):
+        job = setup(config, "words", 0, device)
+        assert job.progress.step == start
+        assert loop.train(job, StopSignal())
+        job.metrics.close()
+        parameters = job.engine.model.named_parameters()
+        ends.append({name: value.detach() for name, value in parameters if value.requires_grad})
+        damaged = folder / "checkpoints" / "step-00000014" / "weights.safetensors"
+        damaged.write_bytes(b"damaged")
+    whole, resumed = ends
+    assert all(torch.equal(value, resumed[name]) for name, value in whole.items())
+    closed = [int((value == 0).sum()) for name, value in whole.items() if "lora_E" in name]
+    assert len(closed) == 2
+    assert sum(closed) == 4
+
+
+def test_adalora_wants_the_runs_own_steps_and_whole_gradients(make: Any, device: torch.device):  # noqa: F811
+    pytest.importorskip("peft")
+    config = make(ADALORA | {"total_step": 100})
+    with pytest.raises(InputError, match=r"delta\.total_step: 100, but the run has 24 steps"):
+        run_one(config, "words", 0, device, StopSignal())
+    config = make(ADALORA, "sharded", deepspeed=DeepSpeedConfig(zero_stage=1))
+    with pytest.raises(InputError, match=r"deepspeed\.zero_stage: 1, but peft .* allowed is 0"):
+        run_one(config, "words", 0, device, StopSignal())
 
 
 @pytest.mark.parametrize(
@@ -133,7 +175,7 @@ def test_what_peft_refuses_is_one_line(tokenizer: Any, delta: dict[str, Any], me
     pytest.importorskip("peft")
     model = TaskModel(small(tokenizer), GLUE["cola"], 0)
     with pytest.raises(InputError, match=message):
-        attach(model, {"method": "peft", **delta}, 0)
+        attach(model, {"method": "peft", **delta}, 0, 10)
 
 
 @pytest.mark.slow
