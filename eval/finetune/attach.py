@@ -26,10 +26,11 @@ def attach(
     steps: int,
     start: str | None = None,
     freeze_delta: bool = False,
+    pruned: bool = False,
 ) -> None:
     """Adds the parameters that `delta` means, freezes what is not trained. steps: of the run.
-    start: a delta's folder to take them from; freeze_delta: only a head is trained. InputError
-    where it does not fit the backbone.
+    start: a delta's folder to take them from; freeze_delta: only a head is trained; pruned: it may
+    have no rank left. InputError where it does not fit the backbone.
     """
     torch.manual_seed(seed)
     method = delta["method"]
@@ -47,7 +48,10 @@ def attach(
         return
     deltas = Deltas(model.backbone)
     try:
-        if start is None:
+        if start is None and pruned:
+            config = config_from_dict(delta)
+            deltas.insert(NAME, config.build(model.backbone, config.find(model.backbone)))
+        elif start is None:
             deltas.add(NAME, config_from_dict(delta))
     except ValueError as error:
         raise InputError(f"delta.{error}") from None

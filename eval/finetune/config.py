@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import typing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -10,6 +11,8 @@ import yaml
 
 from data.errors import InputError
 from model.delta import METHODS, SoraConfig, config_from_dict
+from model.delta.base import check_type
+from model.delta.methods import SoftPromptConfig
 from model.delta.prox import schedule
 from training.config import CONFIG_FOLDER, DeepSpeedConfig, TrainingConfig
 
@@ -170,10 +173,13 @@ class SparsityConfig:
 
     def __post_init__(self) -> None:
         for name in ("strength", "l1", "prune_every"):
-            _require("sparsity", self, name, getattr(self, name) >= 0, "at least 0")
+            _require("sparsity", self, name, 0 <= getattr(self, name) < math.inf, "at least 0")
+        last = self.last_strength
+        _require("sparsity", self, "last_strength", last is None or last < math.inf, "finite")
         for name in ("stages", "memorisation_examples"):
             _require("sparsity", self, name, getattr(self, name) >= 1, "at least 1")
-        _require("sparsity", self, "stage_epochs", self.stage_epochs > 0, "greater than 0")
+        valid = 0 < self.stage_epochs < math.inf
+        _require("sparsity", self, "stage_epochs", valid, "greater than 0")
         given = (self.last_strength is not None) == (self.stages > 1)
         allowed = "given with sparsity.stages over 1, and null with 1"
         _require("sparsity", self, "last_strength", given, allowed)
@@ -277,10 +283,22 @@ class TuneConfig:
             raise ValueError(
                 f"overrides.{task}: {wrong or changes}; known are {', '.join(sorted(known))}"
             )
+        hints = typing.get_type_hints(TuningConfig)
+        for key, value in changes.items():
+            check_type(f"overrides.{task}.{key}", value, hints[key])
         try:
             return dataclasses.replace(self.tuning, **changes)
-        except TypeError as error:
+        except ValueError as error:
             raise ValueError(f"overrides.{task}: {error}") from None
+
+    def soft_tokens(self) -> int:
+        """Positions of the backbone that the delta takes: those of a soft prompt."""
+        method = METHODS.get(self.delta["method"])
+        if method is not SoftPromptConfig:
+            return 0
+        config = config_from_dict(self.delta)
+        assert isinstance(config, SoftPromptConfig)
+        return config.soft_tokens
 
     def folder(self, task: str, seed: int) -> Path:
         """Of one run."""
@@ -294,6 +312,8 @@ class TuneConfig:
 def check_delta(delta: dict[str, Any]) -> None:
     """ValueError where a block `delta` names no method, or has what its method lacks."""
     method = delta.get("method")
+    if not isinstance(method, str):
+        raise ValueError(f"delta.method: {method!r}; a name is expected")
     if method in BASELINES:
         if len(delta) > 1:
             rest = ", ".join(key for key in delta if key != "method")

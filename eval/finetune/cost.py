@@ -44,7 +44,7 @@ def lengths_of(config: TuneConfig, name: str) -> Lengths:
     tokenizer = checkpoint.load_tokenizer(folder)
     model = ModelConfig.from_json(folder / "model.json")
     task, splits = read_task(config, name)
-    encoder = Encoder(tokenizer, config.texts, model.max_seq_len)
+    encoder = Encoder(tokenizer, config.texts, model.max_seq_len, config.soft_tokens())
     encode = encoder.encode_answer if task.kind == "lm" else encoder.encode
     sizes = [
         [len(encode(one).ids) for one in part] for part in (splits.train, splits.val, splits.test)

@@ -47,11 +47,13 @@ class TuneEngine(StepEngine):
         deepspeed: DeepSpeedConfig,
         device: torch.device,
         l1: float = 0.0,
+        gates_at_first: int = 0,
     ) -> None:
         super().__init__(EngineSettings(stage, deepspeed), device)
         self.config["bf16"]["enabled"] = False
         self.config["torch_autocast"]["enabled"] = tuning.precision == "bf16"
-        self.stage, self.stage_start, self.l1 = stage, 0, l1
+        self.stage, self.stage_start = stage, 0
+        self.l1, self.gates_at_first = l1, gates_at_first
         adamw = torch.optim.AdamW(
             groups(model, tuning.weight_decay, tuning.head_lr_multiplier),
             lr=tuning.learning_rate,
@@ -101,7 +103,9 @@ class TuneEngine(StepEngine):
         else:
             assert batch.labels is not None
             loss = F.cross_entropy(found, batch.labels)
-        return loss + self.l1 * l1_term(self.model) if self.l1 else loss
+        if self.l1:
+            loss = loss + self.l1 * l1_term(self.model, self.gates_at_first).to(loss.device)
+        return loss
 
     def step_was_applied(self) -> bool:
         """Whether the last step was finite, and so was not left out; waits for the device."""

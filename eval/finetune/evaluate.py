@@ -63,7 +63,7 @@ def generated(
     engine.deepspeed.eval()
     world, rank = distributed.world_size(), distributed.rank()
     mine: dict[int, str] = {}
-    room = source.max_seq_len - task.max_new_tokens - 1
+    room = encoder.prompt_room(task.max_new_tokens)
     for index in range(rank, len(examples), world):
         prompt = encoder.tokenizer.encode(examples[index].texts[0])
         ids = [encoder.tokenizer.bos_id, *prompt[max(0, len(prompt) - room) :]]

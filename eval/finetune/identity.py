@@ -70,7 +70,7 @@ def _digest(rows: Sequence[Encoded]) -> str:
 def identity_now(config: TuneConfig, task: Task, splits: Splits, seed: int) -> dict[str, Any]:
     """The identity that a run would have if it began now; the backbone is read once a process."""
     known = _known(config.backbone, task.kind == "lm", _stamp(config.backbone))
-    encoder = Encoder(known.tokenizer, config.texts, known.max_seq_len)
+    encoder = Encoder(known.tokenizer, config.texts, known.max_seq_len, config.soft_tokens())
     return identity_of(config, task, seed, known.mark, encoded(encoder, task, splits))
 
 

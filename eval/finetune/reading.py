@@ -5,7 +5,6 @@ import math
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from string import Formatter
 from typing import Any
 
 import torch
@@ -17,7 +16,11 @@ from eval.finetune.tasks import Task
 DATASETS = "datasets:"  # what `data` begins with that is no folder
 SPLIT_SEED = 42
 VAL_FROM_TRAIN = 1000
-_HUB_NAMES = {"dev": "validation"}
+# What `datasets` calls a split; of MNLI the dev set of the genres that are trained on.
+_HUB_NAMES: dict[str | tuple[str, str], str] = {
+    "dev": "validation",
+    ("mnli", "dev"): "validation_matched",
+}
 
 
 @dataclass(frozen=True)
@@ -114,7 +117,8 @@ def _from_datasets(name: str, task: Task, split: str) -> list[tuple[int, Any]]:
     from datasets import load_dataset
 
     try:
-        found = load_dataset(name, task.name, split=_HUB_NAMES.get(split, split))
+        of_hub = _HUB_NAMES.get((task.name, split)) or _HUB_NAMES.get(split, split)
+        found = load_dataset(name, task.name, split=of_hub)
     except (OSError, ValueError, RuntimeError) as error:
         text = " ".join(str(error).split())
         raise InputError(
@@ -126,8 +130,7 @@ def _from_datasets(name: str, task: Task, split: str) -> list[tuple[int, Any]]:
 def _example(task: Task, row: Any, where: str) -> Example:
     if not isinstance(row, dict):
         raise InputError(f"{where} is {type(row).__name__}; an object with columns is expected")
-    prompt = [name for _, name, _, _ in Formatter().parse(task.prompt) if name]
-    columns = prompt if task.kind == "lm" else task.columns
+    columns = task.prompt_columns if task.kind == "lm" else task.columns
     for column in (*columns, task.label):
         if column not in row:
             raise InputError(f"{where} has no column {column}; it has {', '.join(map(str, row))}")
@@ -136,7 +139,7 @@ def _example(task: Task, row: Any, where: str) -> Example:
             raise InputError(f"{where}: {column} is {row[column]!r}; a text is expected")
     label = _label(task, row[task.label], f"{where}: {task.label}")
     if task.kind == "lm":
-        return Example((task.prompt.format(**{name: row[name] for name in prompt}),), label)
+        return Example((task.prompt.format(**{name: row[name] for name in columns}),), label)
     return Example(tuple(row[column] for column in columns), label)
 
 
@@ -150,6 +153,6 @@ def _label(task: Task, value: Any, where: str) -> int | float | str:
         if number and math.isfinite(value):
             return float(value)
         raise InputError(f"{where} is {value!r}; a finite number is expected")
-    if number and value == int(value) and 0 <= value < task.classes:
+    if number and math.isfinite(value) and value == int(value) and 0 <= value < task.classes:
         return int(value)
     raise InputError(f"{where} is {value!r}; allowed are classes 0 to {task.classes - 1}")

@@ -116,7 +116,10 @@ def setup(config: TuneConfig, name: str, seed: int, device: torch.device) -> Job
     if task.kind == "lm" and config.deepspeed.zero_stage == 3:
         raise InputError(f"deepspeed.zero_stage: 3, but {name} generates text; allowed are 0 to 2")
     backbone = load_backbone(config.backbone, device)
-    encoder = Encoder(backbone.tokenizer, config.texts, backbone.max_seq_len)
+    taken = config.soft_tokens()
+    encoder = Encoder(backbone.tokenizer, config.texts, backbone.max_seq_len, taken)
+    if task.kind == "lm":
+        encoder.prompt_room(task.max_new_tokens)
     rows = encoded(encoder, task, splits)
     mark = mark_of(backbone, with_head=task.kind == "lm")
     model = TaskModel(backbone, task, seed)
@@ -131,10 +134,11 @@ def setup(config: TuneConfig, name: str, seed: int, device: torch.device) -> Job
         if model.deltas is not None:
             model.deltas.detach()  # its hooks would go on acting beside those of the pruned one
         model.deltas = None
-        attach(model, progress.delta, seed, steps)
+        attach(model, progress.delta, seed, steps, pruned=True)
     schedule = stage_schedule(config, tuning, len(splits.train), progress.stage, seed)
     schedule.accumulation(distributed.world_size())  # refuses a batch that does not divide
-    engine = TuneEngine(model, tuning, schedule, config.deepspeed, device, config.sparsity.l1)
+    l1, gates = config.sparsity.l1, sum(ranks.values())
+    engine = TuneEngine(model, tuning, schedule, config.deepspeed, device, l1, gates)
     engine.begin_stage(schedule, progress.stage_start)
     if found is not None:
         state.load(engine, *found)

@@ -1,7 +1,6 @@
 """SoRA in the loop: dropping closed ranks, the report of ranks by layer."""
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
@@ -68,23 +67,17 @@ def write_report(run_dir: Path, backbone: nn.Module, first_ranks: dict[str, int]
         small = compact(delta)
         found["delta_parameters"] = small.num_parameters()
         found["targets_kept"] = len(list(small.named_layers()))
-        source = _described(run_dir / "best" / "delta")
         save_delta(
             small,
             run_dir / "compact",
-            source["backbone_fingerprint"],
-            trained=source["trained_modules"],
+            loaded.backbone_fingerprint,
+            trained=loaded.trained_modules,
             extra=loaded.extra,
             about=loaded.about,
         )
     write_json(run_dir / "ranks.json", found | {"targets": rows})
     plot(rows, run_dir / "ranks.png")
     return found
-
-
-def _described(folder: Path) -> dict[str, Any]:
-    fields: dict[str, Any] = json.loads((folder / "delta.json").read_text(encoding="utf-8"))
-    return fields
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:

@@ -1,9 +1,13 @@
 """Tasks: their columns, labels, metrics and splits. GLUE's, and those that a YAML defines."""
 
 import dataclasses
+import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from string import Formatter
 from typing import Any, Literal
+
+from model.delta.base import check_type
 
 Kind = Literal["classification", "regression", "lm"]
 Split = Literal["halve_dev", "from_train", "given"]
@@ -46,6 +50,14 @@ class Task:
     def outputs(self) -> int:
         """Width of the head."""
         return self.classes if self.kind == "classification" else 1
+
+    @property
+    def prompt_columns(self) -> tuple[str, ...]:
+        """The columns that the prompt names. ValueError where it is no text with {COLUMN} parts."""
+        parts = [name for _, name, _, _ in Formatter().parse(self.prompt) if name is not None]
+        if any(not name.isidentifier() for name in parts):
+            raise ValueError(f"{parts}: names of columns are expected between braces")
+        return tuple(dict.fromkeys(parts))
 
 
 PAIR = ("sentence1", "sentence2")
@@ -102,26 +114,33 @@ def _define(name: str, fields: Any) -> Task:
     if not isinstance(fields, dict) or set(fields) - set(known):
         wrong = ", ".join(sorted(set(fields) - set(known))) if isinstance(fields, dict) else fields
         raise ValueError(f"{where}: {wrong}; known are {', '.join(known)}")
+    hints = typing.get_type_hints(_Definition)
+    for key, value in fields.items():
+        check_type(f"{where}.{key}", value, hints[key])
     one = _Definition(**fields)
-    _require(where, "kind", one.kind, one.kind in METRICS, ", ".join(METRICS))
     metrics = one.metrics or {"lm": ["exact_match"], "regression": ["pearson"]}.get(
         one.kind, ["accuracy"]
     )
     allowed = METRICS[one.kind]
     _require(where, "metrics", metrics, set(metrics) <= set(allowed), ", ".join(allowed))
-    splits = ("halve_dev", "from_train", "given")
-    _require(where, "split", one.split, one.split in splits, ", ".join(splits))
     _require(where, "columns", one.columns, 1 <= len(one.columns) <= 2, "one or two names")
-    many = isinstance(one.classes, int) and one.classes >= 2
-    _require(where, "classes", one.classes, many, "at least 2")
+    _require(where, "classes", one.classes, one.classes >= 2, "at least 2")
     if "f1" in metrics or one.kind != "classification":
         _require(where, "classes", one.classes, one.classes == 2, "2, for F1 and without classes")
-    _require(where, "prompt", one.prompt, one.kind != "lm" or "{" in one.prompt, "a text with {…}")
     _require(where, "max_new_tokens", one.max_new_tokens, one.max_new_tokens >= 1, "at least 1")
-    return Task(
+    task = Task(
         name, one.kind, tuple(one.columns), one.label, one.classes, tuple(metrics), one.split,
         one.prompt, one.max_new_tokens,
     )  # fmt: skip
+    try:
+        columns = task.prompt_columns
+    except ValueError as error:
+        raise ValueError(
+            f"{where}.prompt: {one.prompt!r}: {error}; a brace of the text itself is doubled"
+        ) from None
+    allowed_prompt = "a text with a {COLUMN}"
+    _require(where, "prompt", one.prompt, one.kind != "lm" or len(columns) > 0, allowed_prompt)
+    return task
 
 
 def _require(where: str, name: str, value: Any, valid: bool, allowed: str) -> None:

@@ -44,10 +44,16 @@ class Batch:
 class Encoder:
     """Texts to ids by the conventions above. InputError where separator or end take all places."""
 
-    def __init__(self, tokenizer: TextTokenizer, config: TextConfig, max_seq_len: int) -> None:
-        if config.max_length > max_seq_len:
+    def __init__(
+        self, tokenizer: TextTokenizer, config: TextConfig, max_seq_len: int, taken: int = 0
+    ) -> None:
+        """taken: of the backbone's max_seq_len positions, those of a soft prompt."""
+        self.positions = max_seq_len - taken
+        if config.max_length > self.positions:
+            prompt = f" without the {taken} of the soft prompt" if taken else ""
             raise InputError(
-                f"texts.max_length: {config.max_length} is over the backbone's {max_seq_len}"
+                f"texts.max_length: {config.max_length} is over the backbone's {self.positions} "
+                f"positions{prompt}"
             )
         self.tokenizer, self.max_length = tokenizer, config.max_length
         self.separator = tokenizer.encode(config.separator) if config.separator else []
@@ -57,6 +63,16 @@ class Encoder:
             raise InputError(
                 f"texts.max_length: {config.max_length}; BOS, separator and end take {fixed}"
             )
+
+    def prompt_room(self, max_new_tokens: int) -> int:
+        """Most ids of a prompt behind BOS, before so many new ones. InputError where none fits."""
+        room = self.positions - max_new_tokens - 1
+        if room < 1:
+            raise InputError(
+                f"max_new_tokens: {max_new_tokens}; with BOS and a prompt they are over the "
+                f"backbone's {self.positions} positions"
+            )
+        return room
 
     def encode(self, example: Example) -> Encoded:
         """BOS, text or pair, end."""

@@ -6,17 +6,24 @@ python -m model.delta merge --backbone runs/lpa_130m --delta deltas/sst2 --outpu
 
 import argparse
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from torch import nn
+from torch import Tensor, nn
 
 from data.errors import InputError, require_folder_of, run_cli
 from model.delta import Deltas
 from model.delta.base import Delta
 from model.delta.bench.command import bench
-from model.delta.command.backbones import load_backbone, require_empty, write_backbone
+from model.delta.command.backbones import (
+    BESIDE,
+    load_backbone,
+    put_in,
+    require_empty,
+    write_backbone,
+)
 from model.delta.command.options import delta_config, parser
 from model.delta.ensemble import average, combine
 from model.delta.explain import explain, planned, to_json, tree
@@ -35,7 +42,7 @@ def _of_options(options: argparse.Namespace, backbone: nn.Module) -> Delta:
 
 def _explain(options: argparse.Namespace) -> None:
     backbone = load_backbone(options.backbone)
-    some = options.delta or options.config or options.method
+    some = options.delta or options.config or options.method or options.set
     delta = _of_options(options, backbone) if some else None
     root = explain(backbone, delta)
     Console().print(tree(root, delta.config.method if delta else "delta"))
@@ -64,38 +71,36 @@ def _count(options: argparse.Namespace) -> None:
         options.output.write_text(json.dumps(found, indent=2) + "\n")
 
 
-def _put_in(backbone: nn.Module, loaded: Loaded) -> None:
-    """What was trained beside a delta, into the backbone. InputError where it has no place."""
-    missing = backbone.load_state_dict(loaded.extra, strict=False).unexpected_keys
-    if missing:
-        raise InputError(f"the backbone has no {', '.join(missing)}, which the delta brings along")
-
-
 def _merge(options: argparse.Namespace) -> None:
     backbone = load_backbone(options.backbone)
     deltas = Deltas(backbone)
     loaded = [load_delta(path, backbone, options.any_backbone) for path in options.delta]
     for number, one in enumerate(loaded):
-        _put_in(backbone, one)
         deltas.insert(str(number), one.delta)
     merge(deltas, *deltas.names())
-    write_backbone(options.backbone, backbone, options.output)
+    beside = put_in(backbone, dict(zip(options.delta, loaded, strict=True)))
+    write_backbone(options.backbone, backbone, options.output, beside)
+    _say_beside(options.output, beside)
+
+
+def _say_beside(output: Path, tensors: Mapping[str, Tensor]) -> None:
+    if tensors:
+        print(f"{', '.join(tensors)}: no part of the backbone, so in {output / BESIDE}")
 
 
 def _prune(options: argparse.Namespace) -> None:
     backbone = load_backbone(options.backbone)
     loaded = load_delta(options.delta, backbone, options.any_backbone)
-    _save_like(options.delta, compact(loaded.delta), loaded, options.output)
+    _save_like(compact(loaded.delta), loaded, options.output)
 
 
-def _save_like(source: Path, delta: Delta, loaded: Loaded, output: Path) -> None:
+def _save_like(delta: Delta, loaded: Loaded, output: Path) -> None:
     """A delta that takes another one's place, for the same backbone."""
-    fields = json.loads((source / "delta.json").read_text(encoding="utf-8"))
     save_delta(
         delta,
         output,
-        fields["backbone_fingerprint"],
-        trained=fields["trained_modules"],
+        loaded.backbone_fingerprint,
+        trained=loaded.trained_modules,
         extra=loaded.extra,
         about=loaded.about,
     )
@@ -104,12 +109,20 @@ def _save_like(source: Path, delta: Delta, loaded: Loaded, output: Path) -> None
 def _export(options: argparse.Namespace) -> None:
     backbone = load_backbone(options.backbone)
     loaded = load_delta(options.delta, backbone, options.any_backbone)
-    if loaded.extra:
+    known = backbone.state_dict().keys() & loaded.extra.keys()
+    if known:
         raise InputError(
-            f"{options.delta}: {', '.join(loaded.extra)} were trained with it, which this format "
-            "of peft's has no place for"
+            f"{options.delta}: {', '.join(sorted(known))} of the backbone were trained with it, "
+            "which this format of peft's has no place for"
         )
-    export_peft(loaded.delta, options.output, backbone, options.backbone.removeprefix("hf:"))
+    export_peft(
+        loaded.delta,
+        options.output,
+        backbone,
+        options.backbone.removeprefix("hf:"),
+        {BESIDE: loaded.extra} if loaded.extra else {},
+    )
+    _say_beside(options.output, loaded.extra)
 
 
 def _import(options: argparse.Namespace) -> None:
@@ -133,7 +146,11 @@ def _ensemble(options: argparse.Namespace) -> None:
     else:
         mixed = combine(parts, by, options.rank)
     about = {"ensemble_of": [path.name for path in options.delta], "weights": given}
-    save_delta(mixed, options.output, fingerprint(backbone), about=about)
+    trained = sorted({pattern for one in loaded for pattern in one.trained_modules})
+    save_delta(mixed, options.output, fingerprint(backbone, trained), trained=trained, about=about)
+    for path, one in zip(options.delta, loaded, strict=True):
+        if one.extra:
+            print(f"{path}: its {', '.join(one.extra)} is left out, a head is of its own task")
 
 
 COMMANDS = {

@@ -68,7 +68,7 @@ def config_from_dict(fields: dict[str, Any]) -> DeltaConfig:
     """The inverse of DeltaConfig.to_dict. ValueError on unknown methods, keys and types."""
     fields = dict(fields)
     method = fields.pop("method", None)
-    if method not in METHODS:
+    if not isinstance(method, str) or method not in METHODS:
         raise ValueError(f"method: {method!r}; allowed are {', '.join(sorted(METHODS))}")
     cls = METHODS[method]
     hints = typing.get_type_hints(cls)
@@ -76,12 +76,12 @@ def config_from_dict(fields: dict[str, Any]) -> DeltaConfig:
     for key, value in fields.items():
         if key not in known:
             raise ValueError(f"{method}: unknown key {key!r}; known are {', '.join(sorted(known))}")
-        _check_type(f"{method}: {key}", value, hints[key])
+        check_type(f"{method}: {key}", value, hints[key])
     return cls(**fields)
 
 
-def _check_type(name: str, value: Any, hint: Any) -> None:
-    """ValueError where a value read from JSON has not the type of its field."""
+def check_type(name: str, value: Any, hint: Any) -> None:
+    """ValueError where a value read from JSON or YAML has not the type of its field."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is typing.Literal:
         fits = value in arguments
@@ -122,7 +122,14 @@ class DeltaLayer(nn.Module):
 
 
 class Delta(nn.Module):
-    """The parameters of one delta: a layer for each of its targets, by the target's path."""
+    """The parameters of one delta: a layer for each of its targets, by the target's path.
+
+    Attributes:
+        described_by: None where `config` says all that it takes to build it again; else what to
+            save in its place.
+    """
+
+    described_by: ClassVar[str | None] = None
 
     def __init__(
         self, config: DeltaConfig, targets: Sequence[Target], make: Callable[[Target], DeltaLayer]

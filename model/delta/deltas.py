@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from model.delta.base import Delta, DeltaConfig, DeltaLayer
-from model.delta.target import matches
+from model.delta.target import matches, require_named
 
 
 class Deltas(nn.Module):
@@ -52,11 +52,13 @@ class Deltas(nn.Module):
     def add(self, name: str, config: DeltaConfig, activate: bool = True) -> Delta:
         """Builds a delta with new parameters, on the device of each target, in float32.
 
-        ValueError where the name is taken or has a dot, or a pattern of the configuration names no
-        module.
+        ValueError where the name is taken or has a dot, a pattern of the configuration names no
+        module, or nothing would be adapted.
         """
-        targets = config.find(self.backbone)
-        return self.insert(name, config.build(self.backbone, targets), activate)
+        delta = config.build(self.backbone, config.find(self.backbone))
+        if not delta.layers:
+            raise ValueError("ranks: all are 0, so that no target is left; allowed is one over 0")
+        return self.insert(name, delta, activate)
 
     def insert(self, name: str, delta: Delta, activate: bool = True) -> Delta:
         """Adds a delta that exists. ValueError as in `add`."""
@@ -146,8 +148,10 @@ class Deltas(nn.Module):
 
     def freeze_backbone(self, keep: Sequence[str] = ()) -> None:
         """Stops the training of the backbone's parameters, but for those of modules that `keep`
-        names as targets are named. `unfreeze_backbone` undoes it.
+        names as targets are named. `unfreeze_backbone` undoes it. ValueError where a pattern names
+        none.
         """
+        require_named("keep", keep, [name for name, _ in self.backbone.named_modules()])
         self.unfreeze_backbone()
         for name, parameter in self.backbone.named_parameters():
             owner = name.rpartition(".")[0].split(".")

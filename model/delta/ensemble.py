@@ -7,6 +7,7 @@ so that a temperature means the same at any amount of data; their signs are thos
 """
 
 import copy
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Literal, NamedTuple
 
@@ -153,9 +154,11 @@ def combine(parts: Mapping[str, Delta], by: Mapping[str, float], rank: int | Non
 
     parts: of methods that add a low-rank matrix, on any targets. rank: the best approximation of
     that rank in its place (singular value decomposition). Outputs, and only they, are averaged this
-    way; `average` averages parameters. ValueError where a part has no weight.
+    way; `average` averages parameters. ValueError where a part has no weight, or no rank is left.
     """
     _require_weights(parts, by)
+    if rank is not None and rank < 1:
+        raise ValueError(f"rank: {rank}; allowed is at least 1")
     products = {name: low_rank(delta) for name, delta in parts.items()}
     paths = list(dict.fromkeys(path for found in products.values() for path in found))
     layers = {}
@@ -219,6 +222,9 @@ def average(parts: Mapping[str, Delta], by: Mapping[str, float]) -> Delta:
 
 
 def _require_weights(parts: Mapping[str, Delta], by: Mapping[str, float]) -> None:
+    for name, weight in by.items():
+        if not math.isfinite(weight):
+            raise ValueError(f"weights: {weight} of {name}; allowed are finite numbers")
     if not parts or set(parts) != set(by):
         raise ValueError(
             f"weights: of {', '.join(by) or 'none'}, and the deltas are "
@@ -233,6 +239,8 @@ class Mixture(Delta):
         part_names: The parts, in the order of the weights.
         weights: (parts,), trained; not bound to sum to 1.
     """
+
+    described_by = "save what combined() returns"
 
     def __init__(self, parts: Mapping[str, Delta], by: Mapping[str, float]) -> None:
         _require_weights(parts, by)

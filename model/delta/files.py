@@ -28,11 +28,15 @@ class Loaded(NamedTuple):
         extra: Tensors of the backbone that were trained with it, by their names there, such as a
             classification head; they are not put into the backbone.
         about: What the writer wrote beside it.
+        backbone_fingerprint: Of the backbone that it was trained on.
+        trained_modules: Patterns of modules that the fingerprint leaves out.
     """
 
     delta: Delta
     extra: dict[str, Tensor]
     about: dict[str, Any]
+    backbone_fingerprint: str
+    trained_modules: list[str]
 
 
 @torch.no_grad()
@@ -68,8 +72,10 @@ def save_delta(
 
     trained: the patterns that the fingerprint left out. extra: tensors of the backbone that were
     trained with the delta. about: anything of JSON, such as the task. FileExistsError where the
-    folder holds something else.
+    folder holds something else; ValueError for a delta that its configuration does not describe.
     """
+    if delta.described_by is not None:
+        raise ValueError(f"{type(delta).__name__}: a file cannot hold it; {delta.described_by}")
     if folder.exists() and any(folder.iterdir()) and not (folder / CONFIG).is_file():
         raise FileExistsError(f"{folder}: it holds something else than a delta")
     tensors = {f"delta.{name}": value for name, value in delta.state_dict().items()}
@@ -135,7 +141,8 @@ def load_delta(folder: Path, backbone: nn.Module, any_backbone: bool = False) ->
         for name, value in tensors.items()
         if name.startswith("backbone.")
     }
-    return Loaded(delta, extra, fields["about"])
+    mark, trained = fields["backbone_fingerprint"], fields["trained_modules"]
+    return Loaded(delta, extra, fields["about"], mark, trained)
 
 
 def _fields(folder: Path) -> dict[str, Any]:

@@ -57,12 +57,18 @@ def proximal_step(
         gate.copy_(operator(gate, threshold))
 
 
-def l1_term(module: nn.Module) -> Tensor:
+def l1_term(module: nn.Module, of: int | None = None) -> Tensor:
     """The mean of |g| over all gates: what the authors' code adds to the loss, times a coefficient,
     beside the thresholding. A scalar.
+
+    of: how many gates there were before some that closed were dropped, so that dropping changes
+    nothing; None: those that are there.
     """
-    every = torch.cat([layer.gate for _, layer in gates(module)])
-    return every.abs().mean()
+    found: list[Tensor] = [*gate_parameters(module)]
+    if not found:
+        return torch.zeros(())
+    every = torch.cat(found)
+    return every.abs().sum() / (len(every) if of is None else of)
 
 
 def schedule(first: float, last: float, stages: int, kind: Schedule = "linear") -> list[float]:

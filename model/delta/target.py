@@ -2,7 +2,7 @@
 
 import difflib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -105,7 +105,7 @@ def matches(name: str, pattern: str) -> bool:
         try:
             return re.fullmatch(pattern.removeprefix(REGEX), name) is not None
         except re.error as error:
-            raise ValueError(f"targets: {pattern!r} is not a regular expression: {error}") from None
+            raise ValueError(f"{pattern!r} is not a regular expression: {error}") from None
     return name == pattern or name.endswith("." + pattern)
 
 
@@ -124,9 +124,8 @@ def find_targets(
     ValueError, with names that come near, where a pattern names nothing.
     """
     names = dict(backbone.named_modules())
-    for pattern in (*patterns, *exclude):
-        if not any(matches(name, pattern) for name in names):
-            raise ValueError(_no_match(pattern, list(names)))
+    require_named("targets", patterns, names)
+    require_named("exclude", exclude, names)
     kept = parse_layers(layers) if layers is not None else None
     found = []
     for name, module in names.items():
@@ -151,6 +150,18 @@ def find_targets(
     return found
 
 
+def require_named(key: str, patterns: Iterable[str], names: Iterable[str]) -> None:
+    """ValueError, with names that come near, where one of a field's patterns names none of them."""
+    every = list(names)
+    for pattern in patterns:
+        try:
+            found = any(matches(name, pattern) for name in every)
+        except ValueError as error:
+            raise ValueError(f"{key}: {error}") from None
+        if not found:
+            raise ValueError(f"{key}: {_no_match(pattern, every)}")
+
+
 def _prefixes(name: str) -> Iterator[str]:
     """A path and those of the modules around it."""
     parts = name.split(".")
@@ -165,7 +176,7 @@ def _no_match(pattern: str, names: list[str]) -> str:
     near = difflib.get_close_matches(wanted, words + names, n=3, cutoff=0.5)
     near += [word for word in words if wanted.lower() in word.lower() and word not in near][:3]
     hint = f"near it: {', '.join(near)}" if near else f"names are {', '.join(words[:12])}"
-    return f"targets: {pattern!r} names no module; {hint}"
+    return f"{pattern!r} names no module; {hint}"
 
 
 def dense_weight(target: Target) -> Tensor:

@@ -36,7 +36,8 @@ from model import ModelConfig, Transformer, init_weights
 from model.delta import Deltas, SoraConfig, config_from_dict
 from training.schedule import learning_rate
 
-CONFIGS = sorted({*TUNE_FOLDER.glob("*.yaml")} - {TUNE_FOLDER / "small_study.yaml"})
+GRIDS = {TUNE_FOLDER / name for name in ("small_study.yaml", "small_stages.yaml")}
+CONFIGS = sorted({*TUNE_FOLDER.glob("*.yaml")} - GRIDS)
 GLUE_DATA = Path(__file__).resolve().parents[3] / "shared" / "data" / "glue"
 CPU = torch.device("cpu")
 
@@ -152,6 +153,8 @@ def test_glue_is_read(task: str, sizes: tuple[int, ...]):
         ),
         ([{"sentence": "a", "label": -1}], "label is -1; allowed are classes 0 to 1"),
         ([{"sentence": "a", "label": "yes"}], "label is 'yes'"),
+        ([{"sentence": "a", "label": float("nan")}], "label is nan; allowed are classes 0 to 1"),
+        ([{"sentence": "a", "label": float("inf")}], "label is inf"),
         ([{"sentence": None, "label": 1}], "sentence is None; a text is expected"),
         ([[1]], "row 1 is list"),
     ],
@@ -178,6 +181,12 @@ def test_what_is_not_there_or_no_json_is_named(tmp_path: Path):
     ("fields", "message"),
     [
         ({"kind": "ranking"}, r"define\.mine\.kind: 'ranking'"),
+        ({"kind": ["lm"]}, r"define\.mine\.kind: \['lm'\]"),
+        ({"metrics": [["f1"]]}, r"define\.mine\.metrics: \[\['f1'\]\]"),
+        ({"columns": "sentence"}, r"define\.mine\.columns: 'sentence'"),
+        ({"max_new_tokens": "8"}, r"define\.mine\.max_new_tokens: '8'"),
+        ({"kind": "lm", "prompt": "{q"}, r"prompt: '\{q'.*a brace of the text itself is doubled"),
+        ({"kind": "lm", "prompt": "{} {q}"}, r"prompt: '\{\} \{q\}'.* names of columns"),
         ({"classes": 1}, "at least 2"),
         ({"metrics": ["pearson"]}, "allowed is accuracy, f1, matthews"),
         ({"classes": 3, "metrics": ["f1"]}, "2, for F1"),
@@ -231,6 +240,12 @@ def test_lengths_that_do_not_fit_are_refused(tokenizer: Tokenizer):
         Encoder(tokenizer, TextConfig(128), 64)
     with pytest.raises(InputError, match="BOS, separator and end take"):
         Encoder(tokenizer, TextConfig(8, "a long separator", "end"), 64)
+    with pytest.raises(InputError, match=r"the backbone's 56 positions without the 8 of the soft"):
+        Encoder(tokenizer, TextConfig(60), 64, taken=8)
+    encoder = Encoder(tokenizer, TextConfig(40), 64, taken=8)
+    assert encoder.prompt_room(16) == 39
+    with pytest.raises(InputError, match=r"max_new_tokens: 55; with BOS and a prompt"):
+        encoder.prompt_room(55)
 
 
 def test_the_loss_is_of_the_answer_alone(tokenizer: Tokenizer):
@@ -368,6 +383,9 @@ def parse(*options: str) -> TuneConfig:
         (["--overrides", '{"cola": {}}'], "cola is none of tasks rte"),
         (["--overrides", '{"rte": {"epoch": 1}}'], "epoch; known are"),
         (["--overrides", '{"rte": {"epochs": -1}}'], r"tuning\.epochs: -1"),
+        (["--overrides", '{"rte": {"precision": "fp16"}}'], r"overrides\.rte\.precision: 'fp16'"),
+        (["--overrides", '{"rte": {"batch_size": 2.5}}'], r"overrides\.rte\.batch_size: 2\.5"),
+        (["--delta", '{"method": ["lora"]}'], r"delta\.method: \['lora'\]; a name is expected"),
         (["--texts.max_length", "4"], r"texts\.max_length: 4"),
     ],
 )
@@ -387,6 +405,8 @@ def test_wrong_options_are_one_line(options: list[str], message: str):
         (["--sparsity.stages", "3"], r"sparsity\.last_strength"),
         (["--sparsity.stages", "2", "--sparsity.last_strength", "0"], "first <= last"),
         (["--sparsity.strength", "-1"], "at least 0"),
+        (["--sparsity.strength", ".inf"], r"sparsity\.strength: inf"),
+        (["--sparsity.stages", "2", "--sparsity.last_strength", ".inf"], r"last_strength: inf"),
         (["--freeze_delta", "true"], "sparsity: freeze_delta is true"),
     ],
 )
@@ -457,13 +477,14 @@ def test_configurations_are_read(path: Path):
     assert all(find_task(task, config.define) for task in config.tasks)
 
 
-def test_the_study_is_read():
+@pytest.mark.parametrize(("name", "count"), [("small_study", 2 * 8 * 4 * 3), ("small_stages", 12)])
+def test_the_grids_are_read(name: str, count: int):
     grid, _ = parse_options(
         GridConfig,
-        ["--config", "small_study"],
+        ["--config", name],
         prog="test",
         description="",
         config_folder=TUNE_FOLDER,
     )
     runs = [(backbone, method, task, seed) for backbone, method, _, task, seed in planned(grid)]
-    assert len(runs) == len(set(runs)) == 2 * 7 * 4 * 3
+    assert len(runs) == len(set(runs)) == count

@@ -1,22 +1,25 @@
 """Backbones by name: our checkpoints and Hugging Face's models, read and written."""
 
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from data.errors import InputError
 from data.shards import sha256_file
 from model import ModelConfig, Transformer
 from model.config import Ranks
+from model.delta.files import Loaded
 from model.delta.target import as_target
 from model.export import register
 from training import checkpoint
 
 HUGGING_FACE = "hf:"
+BESIDE = "trained_beside.safetensors"  # what was trained with a delta and is no part of a backbone
 
 
 def load_backbone(name: str) -> nn.Module:
@@ -42,13 +45,35 @@ def load_backbone(name: str) -> nn.Module:
     return model
 
 
-def write_backbone(name: str, backbone: nn.Module, output: Path) -> None:
+def put_in(backbone: nn.Module, loaded: Mapping[Path, Loaded]) -> dict[str, Tensor]:
+    """What was trained beside deltas, into the backbone; returned is what has no place there, such
+    as a classification head. InputError where several bring a tensor of one name.
+    """
+    found: dict[str, tuple[Path, Tensor]] = {}
+    for path, one in loaded.items():
+        for name, value in one.extra.items():
+            if name in found:
+                raise InputError(
+                    f"--delta: {found[name][0]} and {path} both bring {name}; merge one of them"
+                )
+            found[name] = path, value
+    tensors = {name: value for name, (_, value) in found.items()}
+    beside = backbone.load_state_dict(tensors, strict=False).unexpected_keys
+    return {name: tensors[name] for name in beside}
+
+
+def write_backbone(
+    name: str, backbone: nn.Module, output: Path, beside: Mapping[str, Tensor] | None = None
+) -> None:
     """Writes a changed backbone as what it was read from: a checkpoint of ours without optimizer
     state, which is evaluated and not resumed, or a folder of Hugging Face's with its tokenizer.
+    beside: tensors for a file of their own.
     """
     aside = output.with_name(output.name + ".partial")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
+    if beside:
+        safetensors.torch.save_file(dict(beside), aside / BESIDE)
     if isinstance(backbone, Transformer):
         _write_ours(checkpoint.resolve(Path(name)), backbone, aside)
     else:

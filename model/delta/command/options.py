@@ -112,7 +112,11 @@ def delta_config(options: argparse.Namespace) -> DeltaConfig:
         key, equals, value = part.partition("=")
         if not equals:
             raise InputError(f"--set {part}: allowed is KEY=VALUE")
-        fields[key] = yaml.safe_load(value)
+        try:
+            fields[key] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            text = " ".join(str(error).split())
+            raise InputError(f"--set {part}: {value} is not YAML ({text})") from None
     if "method" not in fields:
         raise InputError("--delta, --config or --method: one of them is needed")
     return config_from_dict(fields)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.delta.base import Delta, DeltaConfig, DeltaLayer, register
-from model.delta.target import Target, matches
+from model.delta.target import Target, matches, require_named
 
 
 @register
@@ -62,7 +62,10 @@ class LoraConfig(DeltaConfig):
         return self.alpha / (math.sqrt(rank) if self.scaling == "rslora" else rank)
 
     def kept(self, targets: Sequence[Target]) -> list[Target]:
-        """The targets whose rank is not 0."""
+        """The targets whose rank is not 0. ValueError where ranks or scales name none of them."""
+        names = [target.name for target in targets]
+        require_named("ranks", self.ranks, names)
+        require_named("scales", self.scales, names)
         return [target for target in targets if self.rank_of(target)]
 
     def build(self, backbone: nn.Module, targets: Sequence[Target]) -> Delta:

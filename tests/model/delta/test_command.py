@@ -10,6 +10,7 @@ import peft
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 from torch import nn
 
 from data.errors import InputError
@@ -139,6 +140,46 @@ def test_an_ensemble(monkeypatch, tmp_path, backbone, how):
             torch.testing.assert_close(layer.A, expected)
 
 
+def with_head(backbone: str, folder: Path, seed: int = 0) -> None:
+    """A delta as eval.finetune writes one: with its task's head, which replaced the model's."""
+    model = load_backbone(backbone)
+    deltas = Deltas(model)
+    randomise(deltas.add("a", LORA), seed, std=0.1)
+    head = {"head.weight": torch.full((2, 8), float(seed))}
+    mark = fingerprint(model, ["lm_head"])
+    save_delta(deltas["a"], folder, mark, trained=["lm_head"], extra=head, about={"task": "t"})
+
+
+def test_the_head_of_a_tuned_task_goes_beside_what_is_made_of_its_delta(
+    monkeypatch, tmp_path, backbone, capsys
+):
+    for number in range(2):
+        with_head(backbone, tmp_path / str(number), number)
+    both = ["--delta", tmp_path / "0", tmp_path / "1"]
+    base = ["--backbone", backbone, "--delta", tmp_path / "1", "--output"]
+    run(monkeypatch, "merge", *base, tmp_path / "merged")
+    assert "head.weight: no part of the backbone" in capsys.readouterr().out
+    places = [tmp_path / "merged"]
+    prefix = "hf:" if backbone.startswith("hf:") else ""
+    assert load_backbone(f"{prefix}{tmp_path / 'merged'}")
+    if prefix:
+        run(monkeypatch, "export", *base, tmp_path / "peft")
+        places.append(tmp_path / "peft")
+        peft.PeftModel.from_pretrained(load_backbone(backbone), tmp_path / "peft")
+    for place in places:
+        found = load_file(place / "trained_beside.safetensors")
+        assert torch.equal(found["head.weight"], torch.ones(2, 8))
+    run(monkeypatch, "ensemble", "--backbone", backbone, *both, "--output", tmp_path / "mix")
+    assert "its head.weight is left out" in capsys.readouterr().out
+    model = load_backbone(backbone)
+    with torch.no_grad():
+        model.lm_head.weight += 1  # it was not there as the deltas were trained
+    assert not load_delta(tmp_path / "mix", model).extra
+    with pytest.raises(InputError, match=r"both bring head\.weight; merge one of them"):
+        run(monkeypatch, "merge", "--backbone", backbone, *both, "--output", tmp_path / "O")
+    assert not (tmp_path / "O").exists()
+
+
 def test_explain_and_its_json(monkeypatch, tmp_path, backbone, capsys):
     (tmp_path / "c.yaml").write_text(yaml.safe_dump({"method": "lora", "targets": ["q_proj"]}))
     run(monkeypatch, "explain", "--backbone", backbone, "--config", tmp_path / "c.yaml",
@@ -159,6 +200,21 @@ def test_explain_and_its_json(monkeypatch, tmp_path, backbone, capsys):
             "q_proj",
         ),
         (["explain", "--backbone", "RUN", "--method", "lora", "--set", "r"], "KEY=VALUE"),
+        (
+            ["explain", "--backbone", "RUN", "--set", "method=lora", "targets=[q_proj"],
+            r"--set targets=\[q_proj: \[q_proj is not YAML",
+        ),
+        (["explain", "--backbone", "RUN", "--set", "method=[1]"], r"method: \[1\]; allowed are"),
+        (
+            ["ensemble", "--backbone", "RUN", "--delta", "D", "D", "--rank", "-1", "--output",
+             "OUT"],
+            "rank: -1; allowed is at least 1",
+        ),
+        (
+            ["ensemble", "--backbone", "RUN", "--delta", "D", "D", "--weights", "nan", "1",
+             "--output", "OUT"],
+            "weights: nan of 0",
+        ),
         (["explain", "--backbone", "RUN", "--method", "lora", "--set", "r=99"], "r: 99"),
         (["explain", "--backbone", "RUN", "--config", "/none.yaml"], "/none.yaml"),
         (["count", "--backbone", "RUN"], "one of them is needed"),

@@ -213,6 +213,11 @@ def test_freezing_and_what_is_kept():
     deltas.unfreeze_backbone()
     frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
     assert frozen == {"final_norm.weight"}
+    with pytest.raises(ValueError, match=r"keep: 'lm_hed' names no module; near it: lm_head"):
+        deltas.freeze_backbone(keep=["lm_hed"])
+    with pytest.raises(ValueError, match=r"keep: 're:\(' is not a regular expression"):
+        deltas.freeze_backbone(keep=["re:("])
+    assert {name for name, p in model.named_parameters() if not p.requires_grad} == frozen
 
 
 def test_one_module_of_both():

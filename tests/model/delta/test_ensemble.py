@@ -227,7 +227,17 @@ def test_unlike_deltas_are_not_averaged():
         combine({"a": deltas["a"], "b": deltas["b"]}, {"a": 1.0})
 
 
-def test_learned_weights_find_the_part_that_helps():
+def test_what_cannot_be_mixed_is_refused():
+    _, deltas = tuned()
+    parts = {name: deltas[name] for name in "ab"}
+    for mix in (combine, average):
+        with pytest.raises(ValueError, match="weights: nan of a; allowed are finite numbers"):
+            mix(parts, {"a": float("nan"), "b": 1.0})
+    with pytest.raises(ValueError, match="rank: -1; allowed is at least 1"):
+        combine(parts, {"a": 0.5, "b": 0.5}, rank=-1)
+
+
+def test_learned_weights_find_the_part_that_helps(tmp_path):
     """The data are what b makes; only the weights are trained; the mixture comes to a LoRA."""
     model, deltas = tuned()
     deltas.activate("b")
@@ -246,6 +256,9 @@ def test_learned_weights_find_the_part_that_helps():
         loss.backward()
         optimizer.step()
     assert mixture.weights.tolist() == pytest.approx([0, 1, 0], abs=0.02)
+    with pytest.raises(ValueError, match=r"Mixture: a file cannot hold it; save what combined\("):
+        save_delta(mixture, tmp_path / "mix", "")
+    assert not (tmp_path / "mix").exists()
     expected = model(x)
     deltas.activate()
     deltas.insert("all", mixture.combined())

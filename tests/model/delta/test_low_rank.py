@@ -121,6 +121,10 @@ def test_ranks_and_scales_of_single_targets():
         ({"alpha": 0.0}, "alpha"),
         ({"dropout": 1.0}, "dropout"),
         ({"ranks": {"first": -1}}, "ranks"),
+        ({"ranks": {"third": 2}}, "ranks: 'third' names no module; .*first"),
+        ({"scales": {"third": 2.0}}, "scales: 'third' names no module"),
+        ({"ranks": {"first": 0, "second": 0}}, "ranks: all are 0, so that no target is left"),
+        ({"exclude": ["third"]}, "exclude: 'third' names no module"),
     ],
 )
 def test_a_lora_that_cannot_be_is_refused(changes, message):
@@ -230,6 +234,25 @@ def test_the_l1_term():
     term.backward()
     for gate in gate_parameters(deltas):
         torch.testing.assert_close(gate.grad, gate.sign().detach() / 8)
+
+
+def test_the_l1_term_does_not_notice_that_closed_gates_are_dropped():
+    """Their |g| is 0, so the sum is what it was; so is the mean, over the gates at first."""
+    _, deltas = tuned(SoraConfig(targets=BOTH, r=4))
+    delta = deltas["a"]
+    with torch.no_grad():
+        gate_parameters(deltas)[0][:3] = 0
+    before = float(l1_term(deltas).detach())
+    assert prune(delta) == 3
+    assert float(l1_term(deltas, of=8).detach()) == pytest.approx(before)
+    assert float(l1_term(deltas).detach()) == pytest.approx(before * 8 / 5)
+    with torch.no_grad():
+        for gate in gate_parameters(deltas):
+            gate.zero_()
+    prune(delta)
+    for name, _ in list(delta.named_layers()):
+        del delta.layers[name]
+    assert float(l1_term(deltas, of=8)) == 0
 
 
 def test_schedules():
