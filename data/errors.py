@@ -39,10 +39,14 @@ class InputError(ValueError):
     any_rank = False
 
 
-def require_folder_of(output: str | None) -> None:
+def require_folder_of(output: str | Path | None, option: str = "--output") -> None:
     """InputError, before any work is done, where a result could not be written to this file."""
-    if output is not None and not Path(output).absolute().parent.is_dir():
-        raise InputError(f"--output {output}: the folder {Path(output).parent} does not exist")
+    if output is None:
+        return
+    if not Path(output).absolute().parent.is_dir():
+        raise InputError(f"{option} {output}: the folder {Path(output).parent} does not exist")
+    if Path(output).is_dir():
+        raise InputError(f"{option} {output}: it is a folder; a file is expected")
 
 
 def run_cli(

@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Prepare a folder as the command line says; returns the exit code."""
     started = time.monotonic()
     config = parse_config(sys.argv[1:] if argv is None else argv)
-    require_folder_of(config.summary)
+    require_folder_of(config.summary, "--summary")
     plan = _plan(config)
     identity = _identity(config, plan)
     folder = Path(config.output)  # type: ignore[arg-type]  # parse_config requires it

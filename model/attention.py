@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from kernels import ops, reference
 from kernels.attention import Backend, Mask, attend, attend_latents
-from model.cache import LayerCache, Rotary
+from model.cache import LayerCache, Rotary, rebuilds_values
 from model.config import ModelConfig
 from model.norm import RMSNorm
 from model.projection import Dense, LowDim, plain, projection
@@ -116,9 +116,7 @@ class Attention(nn.Module):
         else:
             k, h = cache.append(self._heads(k_proj(x), self.k_norm, rotary), v_proj.down(x))
         new, heads, groups = q.size(1), q.size(2), k.size(2)
-        # Multiply-adds for each key: rebuilt values r · groups · D + new · heads · D, against
-        # new · heads · r where B follows the sum.
-        if new * heads * (v_proj.rank - self.head_dim) > v_proj.rank * groups * self.head_dim:
+        if rebuilds_values(new, heads, groups, self.head_dim, v_proj.rank):
             v = v_proj.up(h).unflatten(-1, (-1, self.head_dim))  # (B, S, H_kv, D)
             return attend(q, k, v, self.backend, mask).flatten(2)
         summed = attend_latents(q, k, h, mask).unflatten(2, (groups, -1))  # (B, T, H_kv, G, r)

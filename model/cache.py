@@ -144,11 +144,20 @@ def cached_numbers(config: ModelConfig, form: CacheForm) -> int:
     return config.num_layers * sum(torch.Size(one).numel() for one in cached_shapes(config, form))
 
 
+def rebuilds_values(queries: int, heads: int, groups: int, width: int, rank: int) -> bool:
+    """Whether values that are kept as latents are rebuilt for so many new tokens, by the multiply-
+    adds of a key: rank · groups · width for its values and heads · width a token for their sum,
+    against heads · rank a token where B follows the sum.
+    """
+    return queries * heads * (rank - width) > rank * groups * width
+
+
 def added_flops(config: ModelConfig, form: CacheForm, keys: float) -> float:
     """FLOPs that a new token costs over those with the full cache, `keys` tokens being seen.
 
     Of a layer: sums over latents, 2 · keys · H · (r_v - D), and B of each query head behind them in
-    place of the new value's, 2 · r_v · D · (H - H_kv); all other keys rebuilt,
+    place of the new value's, 2 · r_v · D · (H - H_kv), or all other values rebuilt,
+    2 · (keys - 1) · r_v · H_kv · D (rebuilds_values); all other keys rebuilt,
     2 · (keys - 1) · r_k · H_kv · D. Negative where r_v is under the width of a head.
     """
     assert config.num_kv_heads is not None
@@ -156,9 +165,12 @@ def added_flops(config: ModelConfig, form: CacheForm, keys: float) -> float:
     heads, groups, width = config.num_heads, config.num_kv_heads, config.head_dim
     cached_shapes(config, form)
     found = 0.0
-    if form != "full" and config.ranks.v is not None:
-        found += 2 * keys * heads * (config.ranks.v - width)
-        found += 2 * config.ranks.v * width * (heads - groups)
+    rank = config.ranks.v
+    if form != "full" and rank is not None:
+        if rebuilds_values(1, heads, groups, width, rank):
+            found += 2 * (keys - 1) * rank * groups * width
+        else:
+            found += 2 * keys * heads * (rank - width) + 2 * rank * width * (heads - groups)
     if form == "latent" and config.ranks.k is not None:
         found += 2 * (keys - 1) * config.ranks.k * groups * width
     return config.num_layers * found

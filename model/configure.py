@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kernels.attention import check_backend
 from kernels.verify import verify
+from model.cache import CacheForm
 from model.execution import Execution, Plan, plan
 from model.norm import RMSNorm
 from model.projection import LowDim, watched
@@ -49,6 +51,19 @@ def configure(
         if chosen.compiled and isinstance(module, Block | RMSNorm):
             vars(module)["forward"] = types.MethodType(_forward, module)
     return chosen
+
+
+def require_masks(model: Transformer, form: CacheForm) -> None:
+    """ValueError where the attention of a configured model takes no mask over a form of the cache,
+    as rows of unequal lengths need one, and documents.
+    """
+    config, weight, backend = model.config, model.lm_head.weight, model.execution.attention
+    grouped = config.num_kv_heads != config.num_heads
+    check_backend(backend, weight.device, weight.dtype, True, False, grouped)
+    if backend == "flex" and form != "full":
+        raise ValueError(
+            "attention: flex takes no mask over a cache of latents; allowed are auto, math"
+        )
 
 
 @functools.cache

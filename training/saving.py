@@ -2,7 +2,6 @@
 
 import dataclasses
 import errno
-import os
 import shutil
 import threading
 import time
@@ -19,6 +18,7 @@ from torch import Tensor
 from data.errors import InputError
 from data.shards import sha256_file
 from data.tokenizer import Tokenizer
+from data.writing import flush_to_disk, put_in_place
 from model import ModelConfig
 from training import checkpoint, distributed, full_state
 from training.engine import Engine
@@ -194,22 +194,3 @@ def _write_files(
     flush_to_disk(aside / "checkpoint.json")
     flush_to_disk(aside)  # the folder: its names
     return total
-
-
-def put_in_place(aside: Path, folder: Path) -> None:
-    """Gives a complete checkpoint its name."""
-    replaced = folder.with_name(folder.name + ".replaced")
-    if folder.exists():  # saved once more: the old one goes when the new one is there
-        folder.rename(replaced)
-    aside.rename(folder)
-    flush_to_disk(folder.parent)
-    shutil.rmtree(replaced, ignore_errors=True)
-
-
-def flush_to_disk(path: Path) -> None:
-    """Waits until a file, or the names in a folder, are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -14,6 +14,7 @@ import torch
 from data.command_line import parse_options
 from data.errors import InputError, require_folder_of, run_cli
 from data.shards import PreparedData
+from data.writing import require_new
 from eval.convert.build import Scales, convert, new_config, ranks_of, warnings
 from eval.convert.factorise import scales
 from eval.convert.fisher import calibration_windows, fisher_of_inputs
@@ -21,7 +22,7 @@ from eval.convert.options import ConvertConfig
 from eval.convert.report import describe, summarise
 from eval.convert.scores import build_model, open_data, score_model
 from eval.convert.source import Dense, open_source
-from eval.convert.write import require_new, write
+from eval.convert.write import write
 from training import distributed
 
 
@@ -46,6 +47,7 @@ def run(options: ConvertConfig) -> dict[str, Any]:
     if distributed.world_size() > 1:
         raise InputError("eval.convert runs in one process: start it with python, no launcher")
     require_new(Path(options.output))
+    require_folder_of(options.report, "--report")
     dense = open_source(options)
     option = "--rank" if options.parameter_budget is None else "--parameter_budget"
     new_config(dense, options.rank, option)  # refused before the work
@@ -85,7 +87,6 @@ def main() -> int:
         prog="python -m eval.convert",
         description="Converts a dense Llama-like checkpoint into an LPA model.",
     )
-    require_folder_of(options.report)
     result = run(options)
     print(describe(result))
     if options.report:

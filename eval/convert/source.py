@@ -51,6 +51,9 @@ def open_source(options: ConvertConfig) -> Dense:
             f"{dense.tokenizer.path}: has {dense.tokenizer.vocab_size} ids, the model's vocab_size "
             f"is {dense.config.vocab_size}; it must be at least that of its tokenizer"
         )
+    for name, value in dense.weights.items():
+        if not bool(value.isfinite().all()):
+            raise InputError(f"{options.source}: {name} has values that are not finite")
     if options.seq_len is not None:
         if options.seq_len > dense.config.max_seq_len:
             raise InputError(

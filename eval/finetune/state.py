@@ -23,13 +23,13 @@ from torch import Tensor
 
 from data.errors import InputError
 from data.shards import sha256_file
+from data.writing import flush_to_disk, put_in_place
 from eval.finetune import peft_bridge
 from eval.finetune.engine import TuneEngine
 from eval.finetune.heads import TaskModel
 from model.delta import Delta, config_from_dict
 from model.delta.files import load_delta, save_delta
 from training import checkpoint, distributed, full_state
-from training.saving import flush_to_disk, put_in_place
 
 FORMAT_VERSION = 1
 KEEP = 2

@@ -21,6 +21,7 @@ from eval.generate.interactive import Session
 from eval.generate.prompts import Prompt, read_prompts
 from model import Transformer
 from model.cache import cached_shapes
+from model.configure import require_masks
 from training import checkpoint, distributed
 from training.execution import apply_execution
 from training.run_dir import write_json
@@ -37,6 +38,20 @@ def _load(config: GenerateConfig, folder: Path) -> tuple[Transformer, Tokenizer]
         raise InputError(f"--{error}") from None
     apply_execution(model, config.execution, device, dtype, training=False)
     return model, tokenizer
+
+
+def _require_masks(
+    model: Transformer, config: GenerateConfig, encoded: Sequence[Sequence[int]]
+) -> None:
+    """InputError where the attention that was asked for takes no mask, and the prompts need one."""
+    ragged = config.batch_size > 1 and len({len(ids) for ids in encoded}) > 1
+    if not ragged and model.config.document_start_id is None:
+        return
+    try:
+        require_masks(model, config.cache)
+    except ValueError as error:
+        way_out = "; prompts of unequal lengths need a mask, or --batch_size 1" if ragged else ""
+        raise InputError(f"--execution.{error}{way_out}") from None
 
 
 def _encoded(
@@ -107,6 +122,7 @@ def main() -> int:
         Session(model, tokenizer, config).run()
         return 0
     encoded = _encoded(prompts, config, tokenizer, model.config.max_seq_len)
+    _require_masks(model, config, encoded)
     if len(encoded) * config.num_samples == 1:
         print(prompts[0].text, end="", flush=True)
         texts = [

@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from data.errors import InputError, require_folder_of, run_cli
+from data.writing import new_folder, require_new
 from model.delta import Deltas
 from model.delta.base import Delta
 from model.delta.bench.command import bench
@@ -21,7 +23,6 @@ from model.delta.command.backbones import (
     BESIDE,
     load_backbone,
     put_in,
-    require_empty,
     write_backbone,
 )
 from model.delta.command.options import delta_config, parser
@@ -115,13 +116,10 @@ def _export(options: argparse.Namespace) -> None:
             f"{options.delta}: {', '.join(sorted(known))} of the backbone were trained with it, "
             "which this format of peft's has no place for"
         )
-    export_peft(
-        loaded.delta,
-        options.output,
-        backbone,
-        options.backbone.removeprefix("hf:"),
-        {BESIDE: loaded.extra} if loaded.extra else {},
-    )
+    with new_folder(options.output) as folder:
+        export_peft(loaded.delta, folder, backbone, options.backbone.removeprefix("hf:"))
+        if loaded.extra:
+            save_file(loaded.extra, folder / BESIDE)
     _say_beside(options.output, loaded.extra)
 
 
@@ -172,7 +170,7 @@ def main() -> int:
     if options.command in WITHOUT_FOLDER:
         require_folder_of(options.output)
     else:
-        require_empty(options.output)
+        require_new(options.output)
     try:
         COMMANDS[options.command](options)
     except ValueError as error:  # of model.delta, which has no class of its own for the user's

@@ -93,8 +93,12 @@ def save_delta(
     aside = folder.with_name(folder.name + ".partial")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
-    (aside / TENSORS).write_bytes(blob)
-    (aside / CONFIG).write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
+    try:
+        (aside / TENSORS).write_bytes(blob)
+        (aside / CONFIG).write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
+    except OSError:  # a full disk
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
     if folder.exists():
         old = folder.with_name(folder.name + ".old")
         shutil.rmtree(old, ignore_errors=True)

@@ -40,12 +40,10 @@ def export_peft(
     folder: Path,
     backbone: nn.Module,
     backbone_name: str = "",
-    beside: Mapping[str, Mapping[str, Tensor]] | None = None,
 ) -> None:
     """Writes a LoRA, or a SoRA as the LoRA that it comes to, for stock peft.
 
-    backbone_name: what peft should load it onto. beside: further files of tensors by their names,
-    which peft does not read. ValueError for other methods, for factorised
+    backbone_name: what peft should load it onto. ValueError for other methods, for factorised
     targets, which peft has no adapter for (merge it instead), and where nothing is left of it.
     FileExistsError where the folder is not empty.
     """
@@ -68,8 +66,6 @@ def export_peft(
         tensors[f"{PREFIX}{name}.lora_B.weight"] = layer.B.detach().cpu().contiguous()
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / TENSORS, metadata={"format": "pt"})
-    for name, values in (beside or {}).items():
-        save_file(dict(values), folder / name)
     fields = _peft_config(layers) | {
         "base_model_name_or_path": backbone_name or None,
         "fan_in_fan_out": transposed,

@@ -11,13 +11,13 @@ import torch
 
 from data.command_line import parse_options
 from data.errors import run_cli
+from data.writing import new_folder, require_new
 from model.export.card import write_card
 from model.export.factorised import write_hugging_face
 from model.export.hugging_face_files import require_transformers
 from model.export.llama import refuse_others, write_llama
 from model.export.ours import write_ours
 from model.export.source import open_source
-from model.export.writing import aside, require_new
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -52,7 +52,7 @@ def export(config: ExportConfig) -> int:
     if config.format != "safetensors":
         require_transformers()
     write = {"llama": write_llama, "hf": write_hugging_face, "safetensors": write_ours}
-    with aside(output) as folder:
+    with new_folder(output) as folder:
         count = write[config.format](source, dtype, folder)
         write_card(source, config.format, dtype, count, folder)
     return count

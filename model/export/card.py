@@ -25,8 +25,9 @@ weights = load_file("FOLDER/model.safetensors")  # the shape is in model.json"""
 }
 _NOTES = {
     "llama": "",
-    "hf": "The code of the model is in `modeling_lpa.py` and `configuration_lpa.py` beside this "
-    "page; transformers runs it only with `trust_remote_code=True`.",
+    "hf": "Needs transformers 5 or newer. The code of the model is in `modeling_lpa.py` and "
+    "`configuration_lpa.py` beside this page; transformers runs it only with "
+    "`trust_remote_code=True`.",
     "safetensors": "",
 }
 _SUMMARIES = {
@@ -103,7 +104,9 @@ def rows(source: Source, form: str, dtype: torch.dtype, count: int) -> dict[str,
         "word_perplexity": "word perplexity",
     }.items():
         if isinstance(final.get(key), int | float):
-            found[f"{name}, split {final.get('split')}"] = f"{final[key]:.4f}"
+            # final.json scores the weights as they were trained.
+            rounded = "" if dtype == torch.float32 else ", before rounding"
+            found[f"{name}, split {final.get('split')}{rounded}"] = f"{final[key]:.4f}"
     if "git_commit" in facts:
         changed = " (with changes that are not committed)" if facts["git_dirty"] else ""
         found["git commit of the training code"] = facts["git_commit"] + changed

@@ -14,6 +14,7 @@ from data.errors import InputError
 from model import ModelConfig, Transformer
 from model.export.hugging_face_files import save, token_ids
 from model.export.source import Source
+from model.export.tokenizer import amend
 
 _NAMES = {
     r"^token_embedding\.": "model.embed_tokens.",
@@ -94,4 +95,8 @@ def write_llama(source: Source, dtype: torch.dtype, folder: Path) -> int:
         **token_ids(source),
     )
     weights = llama_weights(source.model(), dtype)
-    return save(LlamaForCausalLM, theirs, weights, source, folder)
+    count = save(LlamaForCausalLM, theirs, weights, source, folder)
+    # The names that transformers 4 and what follows it read.
+    old = {"rope_theta": config.rope_theta, "torch_dtype": str(dtype).removeprefix("torch.")}
+    amend(folder / "config.json", old)
+    return count

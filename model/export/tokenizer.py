@@ -5,6 +5,8 @@ et al. 2016, with scores as ranks). The package tokenizers has no scores but an 
 every way to split a piece becomes a pair, in the order of the pieces' scores.
 """
 
+import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +46,27 @@ def write_tokenizer(source: Tokenizer, max_length: int, folder: Path) -> None:
     )
     _check_ids(fast, source, pieces)
     fast.save_pretrained(folder)
+    amend(folder / "tokenizer_config.json", _for_others(proto, folder))
     (folder / "tokenizer.model").write_bytes(source.path.read_bytes())
+
+
+def _for_others(proto: Any, folder: Path) -> dict[str, Any]:
+    """Keys of tokenizer_config.json that transformers 5 does not write and other programs read."""
+    added = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))["added_tokens"]
+    return {
+        # llama.cpp's converter: whether a space goes in front, and which pieces are cut out first.
+        "add_prefix_space": bool(proto.normalizer_spec.add_dummy_prefix),
+        "added_tokens_decoder": {str(one.pop("id")): one for one in added},
+        # transformers 4 knows the class by this name, and else hands token_type_ids to generate().
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_input_names": ["input_ids", "attention_mask"],
+    }
+
+
+def amend(path: Path, changes: Mapping[str, Any]) -> None:
+    """Sets keys of a JSON object in a file."""
+    fields = json.loads(path.read_text(encoding="utf-8")) | changes
+    path.write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def pad_id(source: Tokenizer, proto: Any = None) -> int | None:

@@ -365,6 +365,21 @@ def test_outputs_that_cannot_be_written(llama: Path, tmp_path: Path):
     assert "it exists" in refusal("--from_llama", llama, "--output", tmp_path / "there")
     message = refusal("--from_llama", llama, "--output", tmp_path / "no/such/out")
     assert "does not exist" in message
+    out = ["--from_llama", llama, "--output", tmp_path / "out", "--report"]
+    assert f"--report {tmp_path}: it is a folder" in refusal(*out, tmp_path)
+    message = refusal(*out, tmp_path / "no/report.json")
+    assert f"--report {tmp_path}/no/report.json: the folder" in message
+    assert not (tmp_path / "out").exists()
+
+
+def test_weights_that_are_not_finite_are_named(llama: Path, tmp_path: Path):
+    folder = tmp_path / "hf"
+    shutil.copytree(llama, folder)
+    weights = safetensors.torch.load_file(folder / "model.safetensors")
+    weights["model.layers.1.self_attn.v_proj.weight"][0, 0] = torch.nan
+    safetensors.torch.save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    message = refusal("--from_llama", folder, "--rank", "4", "--output", tmp_path / "out")
+    assert f"{folder}: layers.1.attention.v_proj.weight has values that are not finite" in message
 
 
 def test_other_weights_than_safetensors_are_not_read(llama: Path, tmp_path: Path):

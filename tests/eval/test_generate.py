@@ -364,8 +364,36 @@ def test_a_cache_of_latents_needs_latents(trained: Path, tmp_path: Path, form: s
 
 
 @pytest.mark.parametrize(
+    ("options", "refused"),
+    [
+        (["--execution.attention", "flash"], "flash takes no document mask"),
+        (
+            ["--execution.attention", "flex", "--cache", "latent"],
+            "flex takes no mask over a cache of latents",
+        ),
+        (["--execution.attention", "flash", "--batch_size", "1"], None),
+        (["--execution.attention", "flex"], None),
+        (["--execution.attention", "math", "--cache", "latent"], None),
+    ],
+)
+def test_attention_without_masks_takes_no_prompts_of_unequal_lengths(
+    options: list[str], refused: str | None, trained: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+):  # fmt: skip
+    file = tmp_path / "prompts.txt"
+    file.write_text("The\nThe module of the class\n")
+    words = ["--checkpoint", trained, "--prompts", file, "--max_new_tokens", 2, *options]
+    if refused is None:
+        run(monkeypatch, *words)
+        return
+    with pytest.raises(InputError, match=rf"--execution\.attention: {refused}.* or --batch_size 1"):
+        run(monkeypatch, *words)
+
+
+@pytest.mark.parametrize(
     ("options", "expected"),
     [
+        (["--output", "."], "--output .: it is a folder; a file is expected"),
         (["--temperature", "-1"], "--temperature: -1"),
         (["--stop", '[""]'], "--stop"),
         (["--seed", "99999999999999999999999"], "--seed"),

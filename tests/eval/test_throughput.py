@@ -479,6 +479,9 @@ def test_flops_that_latents_add():
     values = 2 * 10 * 4 * (12 - 8) + 2 * 12 * 8 * (4 - 2)
     assert added_flops(model, "value_latent", 10) == 3 * values
     assert added_flops(model, "latent", 10) == 3 * (values + 2 * 9 * 6 * 2 * 8)
+    # 16 heads over 2 groups of 2 numbers: rebuilding 4 · 2 · 2 a key is less than 16 · (4 - 2).
+    many = ModelConfig(64, 32, 56, 3, 16, num_kv_heads=2, r=Ranks(v=4))
+    assert added_flops(many, "value_latent", 10) == 3 * 2 * 9 * 4 * 2 * 2
 
 
 @pytest.fixture(scope="module")

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from data.errors import InputError
 from data.shards import sha256_file
+from data.writing import new_folder
 from model import ModelConfig, Transformer
 from model.config import Ranks
 from model.delta.files import Loaded
@@ -69,32 +70,29 @@ def write_backbone(
     state, which is evaluated and not resumed, or a folder of Hugging Face's with its tokenizer.
     beside: tensors for a file of their own.
     """
-    aside = output.with_name(output.name + ".partial")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    if beside:
-        safetensors.torch.save_file(dict(beside), aside / BESIDE)
-    if isinstance(backbone, Transformer):
-        _write_ours(checkpoint.resolve(Path(name)), backbone, aside)
-    else:
-        _write_hugging_face(name.removeprefix(HUGGING_FACE), backbone, aside)
-    aside.rename(output)
+    with new_folder(output) as folder:
+        if beside:
+            safetensors.torch.save_file(dict(beside), folder / BESIDE)
+        if isinstance(backbone, Transformer):
+            _write_ours(checkpoint.resolve(Path(name)), backbone, folder)
+        else:
+            _write_hugging_face(name.removeprefix(HUGGING_FACE), backbone, folder)
 
 
-def _write_ours(source: Path, backbone: Transformer, aside: Path) -> None:
+def _write_ours(source: Path, backbone: Transformer, folder: Path) -> None:
     config = _equalised(backbone)
-    config.to_json(aside / "model.json")
-    shutil.copyfile(source / "tokenizer.model", aside / "tokenizer.model")
+    config.to_json(folder / "model.json")
+    shutil.copyfile(source / "tokenizer.model", folder / "tokenizer.model")
     weights = {name: value.contiguous() for name, value in backbone.state_dict().items()}
     if config.tie_embeddings:
         del weights["lm_head.weight"]
-    safetensors.torch.save_file(weights, aside / "model.safetensors")
+    safetensors.torch.save_file(weights, folder / "model.safetensors")
     state: dict[str, Any] = checkpoint.read_state(source)
     state["files"] = {
         path.name: {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
-        for path in sorted(aside.iterdir())
+        for path in sorted(folder.iterdir())
     }
-    checkpoint.write_state(aside, state)
+    checkpoint.write_state(folder, state)
 
 
 def _equalised(backbone: Transformer) -> ModelConfig:
@@ -131,19 +129,11 @@ def _pad(module: nn.Module, rank: int) -> None:
         module.bias_A = nn.Parameter(torch.cat([bias, bias.new_zeros(more)]))
 
 
-def _write_hugging_face(source: str, backbone: Any, aside: Path) -> None:
+def _write_hugging_face(source: str, backbone: Any, folder: Path) -> None:
     from transformers import AutoTokenizer
 
-    backbone.save_pretrained(aside, safe_serialization=True)
+    backbone.save_pretrained(folder, safe_serialization=True)
     try:
-        AutoTokenizer.from_pretrained(source).save_pretrained(aside)
+        AutoTokenizer.from_pretrained(source).save_pretrained(folder)
     except (OSError, ValueError):  # a model without a tokenizer beside it
         return
-
-
-def require_empty(output: Path) -> None:
-    """InputError where a result could not be written to this folder."""
-    if output.exists():
-        raise InputError(f"--output {output}: it exists; give a folder that does not")
-    if not output.absolute().parent.is_dir():
-        raise InputError(f"--output {output}: the folder {output.parent} does not exist")

@@ -1,6 +1,7 @@
 """python -m model.delta, on a checkpoint of ours and on a folder of transformers'."""
 
 import json
+import resource
 import runpy
 import subprocess
 import sys
@@ -250,6 +251,22 @@ def test_another_backbones_delta_is_refused(monkeypatch, tmp_path, trained):
     with pytest.raises(InputError, match="belongs to the backbone"):
         run(monkeypatch, *words)
     run(monkeypatch, *words, "--any_backbone")
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path, trained):
+    """A limit on the size of a file stands for the disk's end."""
+    saved(str(trained), tmp_path / "D", LORA)
+    before = sorted(tmp_path.iterdir())
+    words = ["--backbone", str(trained), "--delta", str(tmp_path / "D"), "--output"]
+    done = subprocess.run(
+        [sys.executable, "-m", "model.delta", "merge", *words, str(tmp_path / "OUT")],
+        cwd=ROOT, capture_output=True, text=True, check=False,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000)),
+    )  # fmt: skip
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.count("\n") == 1
+    assert "OUT" in done.stderr
+    assert sorted(tmp_path.iterdir()) == before
 
 
 def test_the_process_ends_with_code_2_and_one_line():

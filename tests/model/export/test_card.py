@@ -54,8 +54,8 @@ def test_the_numbers_of_a_run(tokenizer_file: Path, tmp_path: Path):
     assert row(text, "tokens trained") == "1,234"
     assert row(text, "training steps") == "7"
     assert row(text, "prepared data") == "pile"
-    assert row(text, "loss, nats per token, split test") == "2.3457"
-    assert row(text, "bits per byte, split test") == "1.2000"
+    assert row(text, "loss, nats per token, split test, before rounding") == "2.3457"
+    assert row(text, "bits per byte, split test, before rounding") == "1.2000"
     assert "word perplexity" not in text
     assert row(text, "git commit") == "abc123 (with changes that are not committed)"
     # 2 (keys, values) · 2 layers · 2 heads · 8 · 2 bytes.
@@ -69,10 +69,18 @@ def test_the_numbers_of_a_run(tokenizer_file: Path, tmp_path: Path):
     assert "/some/where" not in text
 
 
+def test_in_full_precision_the_scores_are_of_what_is_in_the_folder(
+    tokenizer_file: Path, tmp_path: Path
+):
+    text = card(a_run(tmp_path, tokenizer_file), "hf", tmp_path)
+    assert "| loss, nats per token, split test |" in text
+
+
 def test_scores_of_another_step_are_left_out(tokenizer_file: Path, tmp_path: Path):
     source = a_run(tmp_path, tokenizer_file, step=7, status_step=9)
     text = card(source, "hf", tmp_path)
     assert "split test" not in text
+    assert "rounding" not in text
     assert row(text, "prepared data") == "pile"
 
 

@@ -23,6 +23,7 @@ from model.execution import Execution
 from model.export import __main__ as command
 from model.export import register
 from model.export.__main__ import ExportConfig, export
+from tests.conftest import BIN, Runs, finish, free_port
 from tests.model.export.checkpoints import bound, random_model, seal, write_checkpoint
 from training import checkpoint
 
@@ -136,6 +137,55 @@ def test_lm_eval_gives_our_log_likelihoods(
         mine = [nats for nats, _ in ours.loglikelihood(requests, disable_tqdm=True)]
         expected = [float(one[0][0]) for one in sample["resps"]]
         assert mine == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("form", ["llama", "hf"])
+def test_lm_eval_sums_a_text_as_eval_perplexity_does(
+    form: str, exports: dict[str, Path], trained: Path, tmp_path: Path
+):
+    """One document over several windows, from BOS on: log-likelihoods of all its tokens. Of whole
+    windows: lm-eval fills up the context of a shorter last one with tokens that it has scored.
+    """
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
+
+    whole = "A text over several windows of the model, with classes and modules. " * 8
+    tokenizer = Tokenizer(exports[form] / "tokenizer.model")
+    texts = (whole[:end] for end in range(len(whole), 0, -1))
+    text = next(text for text in texts if len(tokenizer.encode(text)) % 32 == 0)
+    register()
+    options = {"device": "cpu", "dtype": "float32", "max_length": 32, "add_bos_token": False}
+    theirs = HFLM(pretrained=str(exports[form]), **options)
+    request = Instance("loglikelihood_rolling", {}, (text,), 0)
+    [nats] = theirs.loglikelihood_rolling([request], disable_tqdm=True)
+    (tmp_path / "text.txt").write_text(text)
+    ours = evaluate(
+        PerplexityConfig(str(trained), [str(tmp_path / "text.txt")], seq_len=32, per_document=True)
+    )
+    assert ours["tokens"] >= 3 * 32
+    assert -nats / ours["tokens"] == pytest.approx(ours["loss_nats_per_token"], rel=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["llama", "hf"])
+@pytest.mark.parametrize(("stage", "precision"), [(3, "fp32"), (2, "bf16"), (0, "bf16")])
+@torch.no_grad()
+def test_runs_of_two_ranks_are_exported(
+    form: Any, stage: int, precision: str, runs: Runs, tmp_path: Path
+):
+    """Whatever ZeRO sharded and in whatever precision: the float32 master weights, whole."""
+    config = runs.config(deepspeed__zero_stage=stage, training__precision=precision)
+    launcher = [str(BIN / "torchrun"), "--nproc_per_node=2", f"--master_port={free_port()}"]
+    finish(runs.launch([*launcher, "train.py", "--config", str(config)]))
+    run = runs.folder / "run"
+    export(ExportConfig(str(run), form, str(tmp_path / "out")))
+    register()
+    model = checkpoint.load_model(checkpoint.resolve(run), CPU, torch.float32)
+    ids = torch.randint(0, 390, (2, 48), generator=torch.Generator().manual_seed(0))
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert {value.dtype for value in theirs.state_dict().values()} == {torch.float32}
+    ours = model(ids)
+    torch.testing.assert_close(theirs(ids).logits, ours, rtol=0, atol=bound(model, ours))
 
 
 @pytest.mark.parametrize("tied", [False, True])

@@ -1,6 +1,7 @@
 """The exported tokenizer gives the ids of SentencePiece, for every text tried."""
 
 import io
+import json
 import random
 from pathlib import Path
 from typing import Any
@@ -138,3 +139,19 @@ def test_defined_symbols_are_cut_out(lines: list[str], tmp_path: Path):
     pieces = ours._processor.id_to_piece(ids)
     assert pieces.count("XY") == 3
     assert SPACE_MARK in "".join(pieces)
+    added = json.loads((tmp_path / "tokenizer_config.json").read_text())["added_tokens_decoder"]
+    defined = [one["content"] for one in added.values() if not one["special"]]
+    assert defined == ["XY", "<|im|>"], "llama.cpp's converter reads them here"
+
+
+@pytest.mark.parametrize("prefixed", [False, True])
+def test_other_programs_find_what_they_read(prefixed: bool, lines: list[str], tmp_path: Path):
+    """transformers 4: the class and what a call returns; llama.cpp: the space in front."""
+    ours = foreign(tmp_path, lines, add_dummy_prefix=prefixed, byte_fallback=True)
+    write_tokenizer(ours, 64, tmp_path)
+    found = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    assert found["add_prefix_space"] is prefixed
+    assert found["tokenizer_class"] == "PreTrainedTokenizerFast"
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    assert set(theirs("a b")) == {"input_ids", "attention_mask"}
+    assert theirs("a b").input_ids == ours.encode_document("a b")
