@@ -11,11 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from data.errors import InputError
-from data.tokenizer import TextTokenizer
+from data.tokenizer import TextTokenizer, Tokenizer
 from eval.generate import GenerateConfig, generate
 from eval.scoring import TokenLosses
 from model.execution import Execution
-from model.export import register
+from model.export import probes, register
 from training import checkpoint
 from training.execution import apply_execution
 
@@ -52,10 +52,10 @@ def load(
     name: str, device: torch.device, dtype: torch.dtype, execution: Execution
 ) -> tuple[Scorable, str | None]:
     """The model that a run directory, a checkpoint's folder or hf:NAME_OR_FOLDER means, and the
-    sha256 of its tokenizer (None: it is Hugging Face's).
+    sha256 of its SentencePiece model (None: it has none, or another tokenizer beside it).
     """
     if name.startswith(HUGGING_FACE):
-        return _hugging_face(name.removeprefix(HUGGING_FACE), device, dtype), None
+        return _hugging_face(name.removeprefix(HUGGING_FACE), device, dtype)
     folder = checkpoint.resolve(Path(name))
     state = checkpoint.read_state(folder)
     tokenizer = checkpoint.load_tokenizer(folder)
@@ -115,7 +115,26 @@ class HuggingFaceTokenizer:
         return [self.bos_id, *self.encode(text)]
 
 
-def _hugging_face(name: str, device: torch.device, dtype: torch.dtype) -> Scorable:
+def _sentencepiece(tokenizer: HuggingFaceTokenizer, folder: Path) -> Tokenizer | None:
+    """The SentencePiece model in a folder, as exports of ours have it, where its ids are those of
+    the folder's tokenizer; None where there is none such.
+    """
+    path = folder / "tokenizer.model"
+    if not path.is_file():
+        return None
+    try:
+        found = Tokenizer(path)
+    except InputError:  # of another kind
+        return None
+    pieces = [found.decode([token]) for token in range(found.vocab_size)]
+    same = (found.bos_id, found.eos_id) == (tokenizer.bos_id, tokenizer.eos_id)
+    agree = all(tokenizer.encode(text) == found.encode(text) for text in probes.texts(pieces))
+    return found if same and agree else None
+
+
+def _hugging_face(
+    name: str, device: torch.device, dtype: torch.dtype
+) -> tuple[Scorable, str | None]:
     """A causal language model by name (hub or cache) or folder. Only safetensors are read, and no
     code of the model's repository is run: of model.export's format hf it is ours.
     """
@@ -153,4 +172,7 @@ def _hugging_face(name: str, device: torch.device, dtype: torch.dtype) -> Scorab
     longest = getattr(model.config, "max_position_embeddings", None) or 2048
     about = {"parameters": sum(p.numel() for p in model.parameters())}
     seq_len = min(longest, 1024)
-    return Scorable(token_losses, logits, greedy, tokenizer, None, seq_len, longest, about)
+    own = _sentencepiece(tokenizer, Path(name))
+    sizes = own.token_bytes() if own is not None else None
+    scorable = Scorable(token_losses, logits, greedy, tokenizer, sizes, seq_len, longest, about)
+    return scorable, own.sha256 if own is not None else None
