@@ -11,7 +11,8 @@ from torch import Tensor
 from data.errors import InputError
 from eval.finetune import peft_bridge
 from eval.finetune.attach import groups
-from eval.finetune.config import PEFT, TuningConfig
+from eval.finetune.blocks import TuningConfig
+from eval.finetune.config import PEFT
 from eval.finetune.heads import TaskModel, run
 from eval.finetune.texts import Batch
 from model.delta.prox import gate_parameters, l1_term, reference_threshold, soft_threshold

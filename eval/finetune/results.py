@@ -103,10 +103,10 @@ def _stage(rows: list[dict[str, Any]]) -> dict[str, Any]:
     return {key: mean_sd(every) for key, every in values.items() if None not in every}
 
 
-def mean_sd(values: list[float]) -> dict[str, float | None]:
-    """Mean, and the sample standard deviation where there are two values or more."""
+def mean_sd(values: list[float]) -> dict[str, Any]:
+    """Mean, sample standard deviation where there are two values or more, and the values."""
     deviation = statistics.stdev(values) if len(values) > 1 else None
-    return {"mean": statistics.fmean(values), "sd": deviation}
+    return {"mean": statistics.fmean(values), "sd": deviation, "by_seed": values}
 
 
 def write_task(config: TuneConfig, task: str) -> dict[str, Any]:

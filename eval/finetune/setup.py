@@ -10,7 +10,8 @@ from data.errors import InputError
 from eval.finetune import state
 from eval.finetune.attach import attach, parameter_counts
 from eval.finetune.backbones import load_backbone
-from eval.finetune.config import TuneConfig, TuningConfig
+from eval.finetune.blocks import TuningConfig
+from eval.finetune.config import TuneConfig
 from eval.finetune.engine import TuneEngine
 from eval.finetune.heads import TaskModel
 from eval.finetune.identity import encoded, identity_of, mark_of

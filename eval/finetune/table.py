@@ -3,9 +3,11 @@
 python -m eval.finetune.table runs/tune/small --output docs/results/small.md
 
 A row is a folder under the given ones that holds TASK/seed-N/result.json, named by its path. Runs
-with a schedule of stages have a second table, of what each stage came to.
+with a schedule of stages have a second table, of what each stage came to. Beside the markdown file
+is a .json with the values of all seeds.
 """
 
+import json
 import sys
 from collections import defaultdict
 from dataclasses import dataclass
@@ -155,7 +157,10 @@ def main(argv: list[str] | None = None) -> int:
     """The command."""
     parser = ArgumentParser(prog="python -m eval.finetune.table", exit_on_error=False)
     parser.add_argument("folders", nargs="+", help="run directories of eval.finetune, or of a grid")
-    parser.add_argument("--output", help="a markdown file; without it, the table is printed")
+    parser.add_argument(
+        "--output",
+        help="a markdown file, with a .json of all seeds beside it; left out: the table is printed",
+    )
     try:
         options = parser.parse_args(sys.argv[1:] if argv is None else argv)
     except ArgumentError as error:
@@ -164,7 +169,10 @@ def main(argv: list[str] | None = None) -> int:
     rows = collect([Path(folder) for folder in options.folders])
     text = table(rows) + stages(rows)
     if options.output:
-        Path(options.output).write_text(text, encoding="utf-8")
+        path = Path(options.output)
+        path.write_text(text, encoding="utf-8")
+        numbers = json.dumps({row.name: row.tasks for row in rows}, indent=1)
+        path.with_suffix(".json").write_text(numbers + "\n", encoding="utf-8")
     else:
         print(text, end="")
     return 0

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from data.errors import InputError
 from data.tokenizer import TextTokenizer
-from eval.finetune.config import TextConfig
+from eval.finetune.blocks import TextConfig
 from eval.finetune.reading import Example
 
 IGNORED = -100  # a target that has no part in the loss

@@ -15,8 +15,9 @@ import torch
 
 from data.errors import InputError
 from data.shards import sha256_file
-from eval.finetune import loop
-from eval.finetune.config import SparsityConfig, TextConfig, TuneConfig, TuningConfig
+from eval.finetune import loop, table
+from eval.finetune.blocks import SparsityConfig, TextConfig, TuningConfig
+from eval.finetune.config import TuneConfig
 from eval.finetune.reading import read_splits
 from eval.finetune.run import run_all, run_one
 from eval.finetune.setup import setup
@@ -227,7 +228,9 @@ def same(one: TuneConfig, other: TuneConfig) -> None:
     assert x == y
 
 
-def test_gates_close_at_the_live_rate_and_stages_begin_anew(make: Any, device: torch.device):
+def test_gates_close_at_the_live_rate_and_stages_begin_anew(
+    make: Any, device: torch.device, tmp_path: Path
+):
     """λ closes gates, more in the second stage; the rate of each stage warms up and decays; ranks
     that closed are dropped from parameters; the compact LoRA has what is left.
     """
@@ -248,6 +251,20 @@ def test_gates_close_at_the_live_rate_and_stages_begin_anew(make: Any, device: t
     assert 16 > first["ranks_kept"] > second["ranks_kept"]
     assert first["memorisation_percent"] == first["generalisation_percent"] == 100
     assert {"memorisation_percent", "generalisation_percent", "test"} <= set(second)
+    output = tmp_path / "table.md"
+    assert table.main([str(Path(config.run_dir).parent), "--output", str(output)]) == 0
+    kept = [f"{one['ranks_kept']:.1f} of 16" for one in (first, second)]
+    lines = [
+        [cell.strip() for cell in line.split("|")[1:-1]]
+        for line in output.read_text().splitlines()
+        if "words" in line and " of 16" in line
+    ]
+    share = f"{second['memorisation_percent']:.1f}"
+    assert [line[2:6] for line in lines] == [
+        ["0", "6", kept[0], "100.0"], ["1", "12", kept[1], share],
+    ]  # fmt: skip
+    numbers = json.loads(output.with_suffix(".json").read_text())["run"]["words"]
+    assert numbers["stages"][1]["test"]["by_seed"] == [second["test"]]
     report = json.loads((folder / "ranks.json").read_text())
     assert report["ranks"] == 16
     assert report["ranks_kept"] == sum(one["kept"] for one in report["targets"])

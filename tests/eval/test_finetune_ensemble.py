@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from data.errors import InputError
 from eval.finetune.backbones import HiddenStates
-from eval.finetune.config import TextConfig, TuneConfig, TuningConfig
+from eval.finetune.blocks import TextConfig, TuningConfig
+from eval.finetune.config import TuneConfig
 from eval.finetune.ensemble.__main__ import describe, parse, planned, write
 from eval.finetune.ensemble.config import FRESH, HEAD, SCORES, TUNED, EnsembleConfig
 from eval.finetune.ensemble.starts import exact

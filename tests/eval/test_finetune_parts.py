@@ -15,7 +15,8 @@ from data.errors import InputError
 from data.tokenizer import Tokenizer
 from eval.finetune import metrics
 from eval.finetune.backbones import Backbone
-from eval.finetune.config import TUNE_FOLDER, TextConfig, TuneConfig, TuningConfig
+from eval.finetune.blocks import TextConfig, TuningConfig
+from eval.finetune.config import TUNE_FOLDER, TuneConfig
 from eval.finetune.grid import GridConfig, planned
 from eval.finetune.heads import TaskModel, run
 from eval.finetune.reading import Example, permutation, read, read_splits
@@ -84,8 +85,10 @@ def test_texts_are_compared():
 
 
 def test_seeds_are_summarised_by_the_sample_deviation():
-    assert mean_sd([1.0, 2.0, 6.0]) == {"mean": 3.0, "sd": pytest.approx(math.sqrt(14 / 2))}
-    assert mean_sd([1.0]) == {"mean": 1.0, "sd": None}
+    found = mean_sd([1.0, 2.0, 6.0])
+    assert (found["mean"], found["sd"]) == (3.0, pytest.approx(math.sqrt(14 / 2)))
+    assert found["by_seed"] == [1.0, 2.0, 6.0]
+    assert mean_sd([1.0]) == {"mean": 1.0, "sd": None, "by_seed": [1.0]}
 
 
 # --- splits --------------------------------------------------------------------------------------

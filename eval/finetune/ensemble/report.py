@@ -30,7 +30,7 @@ def report(config: EnsembleConfig, every: Sequence[Work]) -> dict[str, Any]:
 def _start(mine: Sequence[Work], arm: str) -> dict[str, Any]:
     """Test metrics of a start, with the head alone trained and after tuning, over seeds."""
     values = {phase: [_test(work, arm, phase) for work in mine] for phase in (HEAD, TUNED)}
-    return {phase: mean_sd(found) | {"by_seed": found} for phase, found in values.items()}
+    return {phase: mean_sd(found) for phase, found in values.items()}
 
 
 def _test(work: Work, arm: str, phase: str) -> float:
