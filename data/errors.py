@@ -84,6 +84,8 @@ def _user_message(error: InputError | OSError) -> str | None:
     file = error.filename if error.filename is not None else "(unnamed file)"
     if error.errno in _NO_SPACE:
         return f"{_NO_SPACE[error.errno]}: {file}"
+    if error.errno == errno.ENAMETOOLONG:
+        return f"file name too long: {file}"
     if isinstance(error, _PATH_ERRORS) and error.filename is not None:
         return f"{(error.strerror or type(error).__name__).lower()}: {file}"
     return None

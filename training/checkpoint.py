@@ -26,6 +26,7 @@ from torch import Tensor
 from data.errors import InputError
 from data.shards import sha256_file
 from data.tokenizer import Tokenizer
+from data.writing import recover
 from model import ModelConfig, Transformer
 from training import distributed, full_state
 from training.engine import Engine
@@ -53,12 +54,9 @@ def prune(run_dir: Path, keep: int | None, every: int | None = None) -> None:
 def clean(run_dir: Path) -> None:
     """Removes what a killed save left. Rank 0 alone calls it, holding the run directory."""
     for left in (run_dir / "checkpoints").glob("step-*.replaced"):
-        folder = left.with_suffix("")
-        if not folder.exists():  # killed between the two renames: this is the whole one
-            left.rename(folder)
-    for pattern in ("step-*.partial", "step-*.replaced"):
-        for left in (run_dir / "checkpoints").glob(pattern):
-            shutil.rmtree(left, ignore_errors=True)
+        recover(left.with_suffix(""))
+    for left in (run_dir / "checkpoints").glob("step-*.partial"):
+        shutil.rmtree(left, ignore_errors=True)
 
 
 def _newest_first(run_dir: Path) -> Iterator[tuple[Path, int]]:

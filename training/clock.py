@@ -24,6 +24,7 @@ class StepClock:
     def __init__(self, device: torch.device, untimed_steps: int) -> None:
         self.device, self.untimed_steps = device, untimed_steps
         self.steps_done = 0
+        self.paused_since: tuple[float, float] | None = None
         self.total_steps, self.total_seconds, self.total_cpu_seconds = 0, 0.0, 0.0
         self.totals = dict.fromkeys(PHASES, 0.0)
         self.restart()
@@ -33,7 +34,7 @@ class StepClock:
         self.steps, self.counts = 0, True
         self.phases = dict.fromkeys(PHASES, 0.0)
         self.events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
-        self.started, self.cpu_started = time.perf_counter(), time.process_time()
+        self.started, self.cpu_started = self._now()
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -60,13 +61,21 @@ class StepClock:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """What runs inside of it, such as a validation, is in no window."""
+        """What runs inside of it, such as a validation, is in no window: for windows that end or
+        begin there it is the moment in which the pause began.
+        """
         self._wait()
-        begun, cpu_begun = time.perf_counter(), time.process_time()
+        begun = self.paused_since = self._now()
         yield
         self._wait()
-        self.started += time.perf_counter() - begun
-        self.cpu_started += time.process_time() - cpu_begun
+        self.paused_since = None
+        now = self._now()
+        self.started += now[0] - begun[0]
+        self.cpu_started += now[1] - begun[1]
+
+    def _now(self) -> tuple[float, float]:
+        """Seconds by the clock and of CPU time; those of the pause's beginning during one."""
+        return self.paused_since or (time.perf_counter(), time.process_time())
 
     def _wait(self) -> None:
         if self.device.type == "cuda":
@@ -78,7 +87,8 @@ class StepClock:
         Waits for the device. A window with an untimed step in it is in no mean.
         """
         self._wait()
-        seconds = time.perf_counter() - self.started
+        now, cpu_now = self._now()
+        seconds = now - self.started
         for name, first, last in self.events:
             self.phases[name] += first.elapsed_time(last) / 1000
         found = {"seconds_per_step": seconds / self.steps}
@@ -86,7 +96,7 @@ class StepClock:
         if self.counts and self.steps_done - self.steps >= self.untimed_steps:
             self.total_steps += self.steps
             self.total_seconds += seconds
-            self.total_cpu_seconds += time.process_time() - self.cpu_started
+            self.total_cpu_seconds += cpu_now - self.cpu_started
             for name in PHASES:
                 self.totals[name] += self.phases[name]
         self.restart()

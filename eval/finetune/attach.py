@@ -37,7 +37,7 @@ def attach(
     if method == "full":
         return
     if method == PEFT:
-        model.backbone = peft_bridge.wrap(model.backbone, delta, steps)
+        model.backbone = peft_bridge.wrap(model.backbone, delta, steps, model.head is None)
         return
     for parameter in model.backbone.parameters():
         parameter.requires_grad_(False)

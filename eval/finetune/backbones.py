@@ -60,7 +60,7 @@ class Backbone:
     def states(self, call: Callable[..., Any], ids: Tensor) -> Tensor:
         """What the module (called as `call`, which may wrap it) returns for ids (B, T), float32."""
         found: Tensor = call(ids) if self.ours else call(input_ids=ids, use_cache=False).logits
-        return found.float()
+        return found[:, -ids.size(1) :].float()  # peft's prompts come back in front
 
     def token_losses(self, call: Callable[..., Any], ids: Tensor, targets: Tensor) -> Tensor:
         """Cross-entropy in nats of targets (B, T) -> (B, T), 0 where a target is IGNORED."""
@@ -72,14 +72,14 @@ class Backbone:
         return flat.view_as(targets)
 
     @torch.no_grad()
-    def greedy(self, ids: list[int], most: int, stop: list[int]) -> list[int]:
+    def greedy(self, ids: list[int], most: int, stop: list[int], taken: int = 0) -> list[int]:
         """At most so many likeliest ids behind a prompt, with the cache; it ends before `stop`, BOS
-        or EOS.
+        or EOS. taken: positions of a soft prompt.
         """
-        most = min(most, self.max_seq_len - len(ids))
+        most = min(most, self.max_seq_len - taken - len(ids))
         found: list[int] = []
         over = {self.tokenizer.bos_id, self.tokenizer.eos_id}
-        for token in self._generate(ids, most) if most > 0 else ():
+        for token in self._generate(ids, most, taken) if most > 0 else ():
             if token in over:
                 break
             found.append(token)
@@ -87,10 +87,11 @@ class Backbone:
                 return found[: -len(stop)]
         return found
 
-    def _generate(self, ids: list[int], most: int) -> Any:
+    def _generate(self, ids: list[int], most: int, taken: int) -> Any:
         if isinstance(self.module, Transformer):
             settings = GenerateConfig("", max_new_tokens=most, temperature=0)
-            return generate(self.module, ids, settings, 0, self.tokenizer.vocab_size)
+            vocab_size = self.tokenizer.vocab_size
+            return generate(self.module, ids, settings, 0, vocab_size, taken)
         module: Any = self.module
         prompt = torch.tensor([ids], device=next(module.parameters()).device)
         mask = torch.ones_like(prompt)

@@ -45,7 +45,6 @@ class TuneConfig:
         overrides: For tasks by name, fields of `tuning` that differ.
         sparsity: SoRA's gates.
         deepspeed: What is sharded.
-        save_best: Keep the best state of each run in best/.
     """
 
     backbone: str
@@ -62,7 +61,6 @@ class TuneConfig:
     overrides: dict[str, Any] = field(default_factory=dict)
     sparsity: SparsityConfig = field(default_factory=SparsityConfig)
     deepspeed: DeepSpeedConfig = field(default_factory=lambda: DeepSpeedConfig(zero_stage=0))
-    save_best: bool = True
 
     def __post_init__(self) -> None:
         check_delta(self.delta)
@@ -105,7 +103,8 @@ class TuneConfig:
         changes = self.overrides.get(task, {})
         known = {one.name for one in dataclasses.fields(TuningConfig)}
         if not isinstance(changes, dict) or set(changes) - known:
-            wrong = ", ".join(sorted(set(changes) - known)) if isinstance(changes, dict) else ""
+            unknown = sorted(map(str, set(changes) - known)) if isinstance(changes, dict) else []
+            wrong = ", ".join(unknown)
             raise ValueError(
                 f"overrides.{task}: {wrong or changes}; known are {', '.join(sorted(known))}"
             )
@@ -118,9 +117,11 @@ class TuneConfig:
             raise ValueError(f"overrides.{task}: {error}") from None
 
     def soft_tokens(self) -> int:
-        """Positions of the backbone that the delta takes: those of a soft prompt."""
-        method = METHODS.get(self.delta["method"])
-        if method is not SoftPromptConfig:
+        """Positions of the backbone that the delta takes: those of a soft prompt, or of peft's."""
+        if self.delta["method"] == PEFT:
+            ids = self.delta.get("cpt_token_ids") or []
+            return int(self.delta.get("num_virtual_tokens") or len(ids))
+        if METHODS.get(self.delta["method"]) is not SoftPromptConfig:
             return 0
         config = config_from_dict(self.delta)
         assert isinstance(config, SoftPromptConfig)

@@ -67,7 +67,7 @@ def generated(
     for index in range(rank, len(examples), world):
         prompt = encoder.tokenizer.encode(examples[index].texts[0])
         ids = [encoder.tokenizer.bos_id, *prompt[max(0, len(prompt) - room) :]]
-        new = source.greedy(ids, task.max_new_tokens, encoder.end)
+        new = source.greedy(ids, task.max_new_tokens, encoder.end, encoder.taken)
         mine[index] = encoder.tokenizer.decode(new).strip()
     parts: list[Any] = [mine]
     if world > 1:

@@ -14,7 +14,7 @@ from data.tokenizer import TextTokenizer
 from eval.finetune.attach import start_mark
 from eval.finetune.backbones import Backbone, load_backbone
 from eval.finetune.config import TuneConfig
-from eval.finetune.reading import Splits
+from eval.finetune.reading import Example, Splits
 from eval.finetune.tasks import Task
 from eval.finetune.texts import Encoded, Encoder
 from eval.models import HUGGING_FACE
@@ -24,12 +24,28 @@ from training import checkpoint
 # Of `tuning`, what a run that goes on may have otherwise.
 MAY_CHANGE = ("log_every", "checkpoint_every", "eval_batch_size", "micro_batch_size")
 
+# Of a configuration of transformers, what says where it is from.
+_OF_NO_EFFECT = ("_name_or_path", "transformers_version", "dtype", "torch_dtype")
+
 Rows = Mapping[str, Sequence[Encoded]]
 
 
-def mark_of(backbone: Backbone, with_head: bool) -> str:
-    """The backbone's fingerprint, without its output head where the task has another."""
-    return fingerprint(backbone.module, [] if with_head else [backbone.head_name])
+@dataclasses.dataclass(frozen=True)
+class Mark:
+    """What tells a backbone from others: sums of its weights and of its configuration."""
+
+    weights: str
+    config: str
+
+
+def mark_of(backbone: Backbone, with_head: bool) -> Mark:
+    """A backbone's, without its output head where the task has another."""
+    module: Any = backbone.module
+    config = dataclasses.asdict(module.config) if backbone.ours else module.config.to_dict()
+    fields = {key: value for key, value in config.items() if key not in _OF_NO_EFFECT}
+    text = json.dumps(fields, sort_keys=True, default=str)
+    weights = fingerprint(module, [] if with_head else [backbone.head_name])
+    return Mark(weights, hashlib.sha256(text.encode()).hexdigest())
 
 
 def encoded(encoder: Encoder, task: Task, splits: Splits) -> dict[str, list[Encoded]]:
@@ -39,10 +55,10 @@ def encoded(encoder: Encoder, task: Task, splits: Splits) -> dict[str, list[Enco
     return {split: [encode(one) for one in part] for split, part in parts.items()}
 
 
-def identity_of(config: TuneConfig, task: Task, seed: int, mark: str, rows: Rows) -> dict[str, Any]:
-    """JSON values that must be the same. mark: the backbone's; rows: of all splits, as its
-    tokenizer has them.
-    """
+def identity_of(
+    config: TuneConfig, task: Task, seed: int, mark: Mark, splits: Splits, rows: Rows
+) -> dict[str, Any]:
+    """JSON values that must be the same. rows: the splits as the backbone's tokenizer has them."""
     tuning = dataclasses.asdict(config.tuning_of(task.name))
     found = {
         "task": dataclasses.asdict(task),
@@ -53,17 +69,21 @@ def identity_of(config: TuneConfig, task: Task, seed: int, mark: str, rows: Rows
         "tuning": {key: value for key, value in tuning.items() if key not in MAY_CHANGE},
         "texts": dataclasses.asdict(config.texts),
         "sparsity": dataclasses.asdict(config.sparsity),
-        "backbone_fingerprint": mark,
-        "data_sha256": {split: _digest(part) for split, part in rows.items()},
+        "backbone_fingerprint": mark.weights,
+        "backbone_config_sha256": mark.config,
+        "data_sha256": {
+            split: _digest(getattr(splits, split), part) for split, part in rows.items()
+        },
     }
     same: dict[str, Any] = json.loads(json.dumps(found))  # tuples as JSON has them
     return same
 
 
-def _digest(rows: Sequence[Encoded]) -> str:
+def _digest(examples: Sequence[Example], rows: Sequence[Encoded]) -> str:
+    """Of texts too: an answer is generated behind more of its prompt than it is trained on."""
     digest = hashlib.sha256()
-    for row in rows:
-        digest.update(json.dumps([row.ids, row.label, row.answer]).encode())
+    for example, row in zip(examples, rows, strict=True):
+        digest.update(json.dumps([example.texts, row.ids, row.label, row.answer]).encode())
     return digest.hexdigest()
 
 
@@ -71,12 +91,12 @@ def identity_now(config: TuneConfig, task: Task, splits: Splits, seed: int) -> d
     """The identity that a run would have if it began now; the backbone is read once a process."""
     known = _known(config.backbone, task.kind == "lm", _stamp(config.backbone))
     encoder = Encoder(known.tokenizer, config.texts, known.max_seq_len, config.soft_tokens())
-    return identity_of(config, task, seed, known.mark, encoded(encoder, task, splits))
+    return identity_of(config, task, seed, known.mark, splits, encoded(encoder, task, splits))
 
 
 @dataclasses.dataclass(frozen=True)
 class _Known:
-    mark: str
+    mark: Mark
     tokenizer: TextTokenizer
     max_seq_len: int
 

@@ -1,6 +1,7 @@
 """Methods of the package peft in the loop, and the ranks that its AdaLoRA allocates on the way."""
 
 import inspect
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,9 +14,10 @@ ADAPTER = "default"  # peft's name of the only one
 _AVERAGES = ("ipt", "exp_avg_ipt", "exp_avg_unc")  # of its rank allocator, by parameter
 
 
-def wrap(backbone: nn.Module, delta: dict[str, Any], steps: int) -> nn.Module:
+def wrap(backbone: nn.Module, delta: dict[str, Any], steps: int, generates: bool) -> nn.Module:
     """The backbone in peft's wrapper. steps: optimizer steps of the run, which schedules of ranks
-    follow. InputError where peft is missing, or refuses.
+    follow. generates: the task is scored on what the backbone writes. InputError where peft is
+    missing, or refuses.
     """
     try:
         import peft
@@ -40,6 +42,11 @@ def wrap(backbone: nn.Module, delta: dict[str, Any], steps: int) -> nn.Module:
         found = fail_as_input(error)
         raise InputError(f"delta: peft's {kind} does not fit this backbone: {found}") from None
     module: nn.Module = wrapped
+    if generates and wrapped.peft_config[ADAPTER].is_prompt_learning:
+        raise InputError(
+            f"delta.peft_type: {kind}, whose prompt peft adds in its wrapper, out of sight where a "
+            "task of kind lm generates; use soft_prompt or prefix of model.delta"
+        )
     return module
 
 
@@ -49,9 +56,39 @@ def allocates_ranks(backbone: nn.Module) -> bool:
 
 
 def allocate(backbone: nn.Module, step: int) -> None:
-    """AdaLoRA's allocation after optimizer step `step`, 0-based, while its gradients are there."""
+    """AdaLoRA's allocation after optimizer step `step`, 0-based, while its gradients are there.
+
+    Steps that were not finite are left out. If that one is among them in which peft makes the ranks
+    final, the next one does.
+    """
     tuner: Any = backbone.base_model
+    config = tuner.peft_config[ADAPTER]
+    final = config.total_step - config.tfinal
+    if step >= final and not _is_final(tuner):
+        step = final
+        if not tuner.rankallocator.ipt:
+            tuner.rankallocator.update_ipt(tuner.model)
     tuner.update_and_allocate(step)
+
+
+def _is_final(tuner: Any) -> bool:
+    """Whether ranks are final: there is a pattern, and peft has dropped the averages."""
+    return bool(tuner.peft_config[ADAPTER].rank_pattern) and not tuner.rankallocator.ipt
+
+
+def save(backbone: nn.Module, folder: Path) -> None:
+    """Writes what peft loads. Until ranks are final closed ones may grow again, so all are kept."""
+    wrapped: Any = backbone
+    config = wrapped.peft_config[ADAPTER]
+    tuner = wrapped.base_model
+    if not allocates_ranks(backbone) or _is_final(tuner):
+        wrapped.save_pretrained(str(folder))
+        return
+    pattern, config.rank_pattern = config.rank_pattern, None
+    try:
+        wrapped.save_pretrained(str(folder))
+    finally:
+        config.rank_pattern = pattern
 
 
 def allocation(backbone: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:

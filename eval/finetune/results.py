@@ -15,6 +15,7 @@ from training import distributed, hardware
 from training.run_dir import write_json
 
 RESULT = "result.json"
+_READ = ("task", "method", "delta", "metric", "val", "test", "seed", "trained_parameters", "stages")
 
 
 def finish(job: Job) -> dict[str, Any]:
@@ -68,7 +69,7 @@ def read_result(path: Path) -> dict[str, Any]:
     """A result.json. InputError where it is none."""
     try:
         found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        for key in ("task", "method", "metric", "test", "seed", "trained_parameters"):
+        for key in (*_READ, "seconds_training", "cpu_seconds_training"):
             found[key]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path}: not the result of a run ({error})") from None

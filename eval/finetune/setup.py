@@ -124,7 +124,7 @@ def setup(config: TuneConfig, name: str, seed: int, device: torch.device) -> Job
     rows = encoded(encoder, task, splits)
     mark = mark_of(backbone, with_head=task.kind == "lm")
     model = TaskModel(backbone, task, seed)
-    identity = identity_of(config, task, seed, mark, rows)
+    identity = identity_of(config, task, seed, mark, splits, rows)
     found = state.newest(folder, identity) if first else None
     found = distributed.from_rank_0(found)
     progress = Progress.of(found[1]) if found is not None else Progress()
@@ -148,10 +148,13 @@ def setup(config: TuneConfig, name: str, seed: int, device: torch.device) -> Job
         (folder / "config.yaml").write_text(config.to_yaml())
         run_dir.write_json(folder / "environment.json", run_dir.environment(device))
     log = run_dir.logger(folder if first else None)
-    metrics = Metrics(folder if first else None, log, progress.step, schedule.max_steps)
+    stages = range(config.sparsity.stages)
+    every = [stage_schedule(config, tuning, len(splits.train), at, seed) for at in stages]
+    total = sum(one.max_steps for one in every)
+    metrics = Metrics(folder if first else None, log, progress.step, total)
     job = Job(
         config, tuning, task, seed, folder, splits, rows, encoder, engine, metrics,
-        StepClock(device, 0), progress, identity, mark, counts, ranks,
+        StepClock(device, 0), progress, identity, mark.weights, counts, ranks,
     )  # fmt: skip
     say_what_runs(job, found[0] if found is not None else None)
     return job

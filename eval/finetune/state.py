@@ -23,7 +23,7 @@ from torch import Tensor
 
 from data.errors import InputError
 from data.shards import sha256_file
-from data.writing import flush_to_disk, put_in_place
+from data.writing import flush_to_disk, put_in_place, recover
 from eval.finetune import peft_bridge
 from eval.finetune.engine import TuneEngine
 from eval.finetune.heads import TaskModel
@@ -80,6 +80,7 @@ def newest(run_dir: Path, identity: Mapping[str, Any]) -> tuple[Path, dict[str, 
     InputError where it belongs to another configuration. A damaged one is passed over.
     """
     checkpoint.clean(run_dir)
+    recover(run_dir / "best")
     for folder in checkpoint.candidates(run_dir):
         try:
             state = checkpoint.read_state(folder)
@@ -148,8 +149,7 @@ def save_best(
         left_out = [model.source.head_name] if model.head is not None else []
         save_delta(whole, aside / "delta", fingerprint, trained=left_out, extra=extra, about=about)
     elif hasattr(model.backbone, "peft_config") and not engine.sharded:
-        wrapped: Any = model.backbone
-        wrapped.save_pretrained(str(aside / "peft"))
+        peft_bridge.save(model.backbone, aside / "peft")
     (aside / "best.json").write_text(json.dumps(dict(about), indent=2) + "\n", encoding="utf-8")
     put_in_place(aside, run_dir / "best")
 

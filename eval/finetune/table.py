@@ -165,7 +165,10 @@ def main(argv: list[str] | None = None) -> int:
         options = parser.parse_args(sys.argv[1:] if argv is None else argv)
     except ArgumentError as error:
         raise InputError(" ".join(str(error).split())) from None
-    require_folder_of(options.output)
+    if options.output is not None and Path(options.output).suffix == ".json":
+        raise InputError(f"--output {options.output}: a markdown file; a .json goes beside it")
+    for path in (options.output, options.output and Path(options.output).with_suffix(".json")):
+        require_folder_of(path)
     rows = collect([Path(folder) for folder in options.folders])
     text = table(rows) + stages(rows)
     if options.output:

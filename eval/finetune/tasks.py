@@ -54,10 +54,14 @@ class Task:
     @property
     def prompt_columns(self) -> tuple[str, ...]:
         """The columns that the prompt names. ValueError where it is no text with {COLUMN} parts."""
-        parts = [name for _, name, _, _ in Formatter().parse(self.prompt) if name is not None]
-        if any(not name.isidentifier() for name in parts):
-            raise ValueError(f"{parts}: names of columns are expected between braces")
-        return tuple(dict.fromkeys(parts))
+        found = []
+        for _, name, spec, conversion in Formatter().parse(self.prompt):
+            if name is None:
+                continue
+            if not name or name.isdigit() or set(name) & set(".[]") or spec or conversion:
+                raise ValueError("the name of a column, and nothing else, is expected in braces")
+            found.append(name)
+        return tuple(dict.fromkeys(found))
 
 
 PAIR = ("sentence1", "sentence2")
@@ -112,7 +116,8 @@ def _define(name: str, fields: Any) -> Task:
     where = f"define.{name}"
     known = [one.name for one in dataclasses.fields(_Definition)]
     if not isinstance(fields, dict) or set(fields) - set(known):
-        wrong = ", ".join(sorted(set(fields) - set(known))) if isinstance(fields, dict) else fields
+        unknown = sorted(map(str, set(fields) - set(known))) if isinstance(fields, dict) else []
+        wrong = ", ".join(unknown) or fields
         raise ValueError(f"{where}: {wrong}; known are {', '.join(known)}")
     hints = typing.get_type_hints(_Definition)
     for key, value in fields.items():

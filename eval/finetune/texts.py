@@ -48,7 +48,12 @@ class Encoder:
         self, tokenizer: TextTokenizer, config: TextConfig, max_seq_len: int, taken: int = 0
     ) -> None:
         """taken: of the backbone's max_seq_len positions, those of a soft prompt."""
-        self.positions = max_seq_len - taken
+        self.positions, self.taken = max_seq_len - taken, taken
+        if self.positions < 1:
+            raise InputError(
+                f"delta: {taken} tokens of a soft prompt leave none of the {max_seq_len} positions "
+                "of the backbone"
+            )
         if config.max_length > self.positions:
             prompt = f" without the {taken} of the soft prompt" if taken else ""
             raise InputError(

@@ -119,6 +119,7 @@ def main() -> int:
     if config.interactive:
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401  input() then has a history and editing
+        _require_masks(model, config, [])
         Session(model, tokenizer, config).run()
         return 0
     encoded = _encoded(prompts, config, tokenizer, model.config.max_seq_len)

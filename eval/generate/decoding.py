@@ -25,10 +25,12 @@ class Decoder:
         config: GenerateConfig,
         seeds: Sequence[int],
         vocab_size: int,
+        taken: int = 0,
     ) -> None:
-        self.model, self.config, self.prompts = model, config, prompts
+        """taken: positions of each row that a soft prompt takes, in the cache too."""
+        self.model, self.config, self.prompts, self.taken = model, config, prompts, taken
         self.sampler = Sampler(config, seeds, vocab_size)
-        longest = model.config.max_seq_len
+        longest = model.config.max_seq_len - taken
         self.room = [min(longest - len(ids), config.max_new_tokens) for ids in prompts]
         self.rows = [row for row, room in enumerate(self.room) if room > 0]
 
@@ -71,7 +73,7 @@ class Decoder:
         cache = KVCache(
             self.model.config,
             len(self.rows),
-            int(lengths.max() + room.max()),
+            self.taken + int(lengths.max() + room.max()),
             weight.device,
             weight.dtype,
             self.config.cache,
@@ -81,11 +83,17 @@ class Decoder:
 
 
 def generate(
-    model: Transformer, ids: list[int], config: GenerateConfig, seed: int, vocab_size: int
+    model: Transformer,
+    ids: list[int],
+    config: GenerateConfig,
+    seed: int,
+    vocab_size: int,
+    taken: int = 0,
 ) -> Iterator[int]:
     """Token ids that follow `ids`, one by one, up to max_new_tokens or the model's max_seq_len.
 
-    Only ids under `vocab_size`, that of the tokenizer: the model's may be padded.
+    Only ids under `vocab_size`, that of the tokenizer: the model's may be padded. taken: positions
+    of a soft prompt.
     """
-    for found in Decoder(model, [ids], config, [seed], vocab_size).steps():
+    for found in Decoder(model, [ids], config, [seed], vocab_size, taken).steps():
         yield found[0].token

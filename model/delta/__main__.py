@@ -6,6 +6,7 @@ python -m model.delta merge --backbone runs/lpa_130m --delta deltas/sst2 --outpu
 
 import argparse
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,8 @@ def _of_options(options: argparse.Namespace, backbone: nn.Module) -> Delta:
     """The delta of --delta, or a new one of --config, --method and --set."""
     if options.delta is None:
         return planned(backbone, delta_config(options))
+    if options.config or options.method or options.set:
+        raise InputError("--delta: it has its configuration; leave --config, --method, --set out")
     return load_delta(options.delta, backbone, options.any_backbone).delta
 
 
@@ -78,8 +81,9 @@ def _merge(options: argparse.Namespace) -> None:
     loaded = [load_delta(path, backbone, options.any_backbone) for path in options.delta]
     for number, one in enumerate(loaded):
         deltas.insert(str(number), one.delta)
+    # Before the deltas: a module that was trained along may be a target.
+    beside = put_in(backbone, options.delta, loaded)
     merge(deltas, *deltas.names())
-    beside = put_in(backbone, dict(zip(options.delta, loaded, strict=True)))
     write_backbone(options.backbone, backbone, options.output, beside)
     _say_beside(options.output, beside)
 
@@ -107,15 +111,20 @@ def _save_like(delta: Delta, loaded: Loaded, output: Path) -> None:
     )
 
 
-def _export(options: argparse.Namespace) -> None:
-    backbone = load_backbone(options.backbone)
-    loaded = load_delta(options.delta, backbone, options.any_backbone)
+def _refuse_trained(backbone: nn.Module, path: Path, loaded: Loaded, what: str) -> None:
+    """InputError where tensors of the backbone itself were trained beside a delta."""
     known = backbone.state_dict().keys() & loaded.extra.keys()
     if known:
         raise InputError(
-            f"{options.delta}: {', '.join(sorted(known))} of the backbone were trained with it, "
-            "which this format of peft's has no place for"
+            f"{path}: {', '.join(sorted(known))} of the backbone were trained with it, for which "
+            f"{what} has no place; merge it instead"
         )
+
+
+def _export(options: argparse.Namespace) -> None:
+    backbone = load_backbone(options.backbone)
+    loaded = load_delta(options.delta, backbone, options.any_backbone)
+    _refuse_trained(backbone, options.delta, loaded, "this format of peft's")
     with new_folder(options.output) as folder:
         export_peft(loaded.delta, folder, backbone, options.backbone.removeprefix("hf:"))
         if loaded.extra:
@@ -135,6 +144,11 @@ def _ensemble(options: argparse.Namespace) -> None:
     given = options.weights or [1 / len(loaded)] * len(loaded)
     if len(given) != len(loaded):
         raise InputError(f"--weights: {len(given)} of them, and {len(loaded)} deltas")
+    for weight in given:
+        if not math.isfinite(weight):
+            raise InputError(f"--weights: {weight}; allowed are finite numbers")
+    for path, one in zip(options.delta, loaded, strict=True):
+        _refuse_trained(backbone, path, one, "a mixture")
     parts = {str(number): one.delta for number, one in enumerate(loaded)}
     by = dict(zip(parts, given, strict=True))
     if options.how == "average":

@@ -1,5 +1,6 @@
 """Fine-tuning from end to end, in this process: methods, resume, sparsity, bad input."""
 
+import dataclasses
 import json
 import os
 import random
@@ -239,6 +240,7 @@ def test_gates_close_at_the_live_rate_and_stages_begin_anew(
     assert run_all(config, device, StopSignal())
     folder = config.folder("words", 0)
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert all(one["seconds_per_step"] > 0 and one["eta_seconds"] >= 0 for one in lines)
     rates = {stage: [one["lr"] for one in lines if one["stage"] == stage] for stage in (0, 1)}
     for stage, steps in ((0, 18), (1, 12)):
         assert len(rates[stage]) == steps
@@ -392,6 +394,60 @@ def test_a_run_goes_on_with_what_it_began_with(make: Any, device: torch.device):
         run_all(other, device, StopSignal())
 
 
+def reseal(folder: Path, name: str) -> None:
+    """The sum of a changed file in checkpoint.json, as who trains again writes it."""
+    state, file = json.loads((folder / "checkpoint.json").read_text()), folder / name
+    del state["sha256"]
+    state["files"][name] = {"bytes": file.stat().st_size, "sha256": sha256_file(file)}
+    checkpoint.write_state(folder, state)
+
+
+def test_prompts_count_beyond_what_is_trained_on(
+    make: Any, device: torch.device, tasks: Path, tmp_path: Path
+):
+    """texts.max_length cuts what is trained on; an answer is generated behind the whole prompt."""
+    data = tmp_path / "data"
+    shutil.copytree(tasks, data)
+    texts = TextConfig(max_length=12)
+    config = make(
+        {"method": "head"}, tasks=["answers"], texts=texts, data=str(data), tuning={"epochs": 0.1}
+    )
+    assert run_all(config, device, StopSignal())
+    path = data / "answers" / "dev.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    for row in rows:
+        row["question"] = "zero zero zero " + row["question"]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    read_splits.cache_clear()  # of a process of its own
+    with pytest.raises(InputError, match="data_sha256 was"):
+        run_all(config, device, StopSignal())
+
+
+def test_a_soft_prompt_writes_answers(make: Any, device: torch.device):
+    """Its positions are in the cache too."""
+    texts, tuning = TextConfig(max_length=40), {"epochs": 0.1}
+    config = make(METHODS["soft_prompt"], tasks=["answers"], texts=texts, tuning=tuning)
+    assert run_all(config, device, StopSignal())
+    assert "exact_match" in result(config, "answers")["test"]
+
+
+def test_a_save_that_was_killed_is_mended(make: Any, device: torch.device):
+    """Between the two renames best/ is best.replaced; behind them, both are there."""
+    config = make({"method": "head"}, tuning={"epochs": 2.0, "checkpoint_every": 6})
+    assert run_one(config, "words", 0, device, StopSignal())
+    folder = config.folder("words", 0)
+    expected = trained(config)
+    for both in (False, True):
+        (folder / "result.json").unlink()
+        if both:
+            shutil.copytree(folder / "best", folder / "best.replaced")
+        else:
+            (folder / "best").rename(folder / "best.replaced")
+        assert run_one(config, "words", 0, device, StopSignal())
+        assert not (folder / "best.replaced").exists()
+        assert torch.equal(trained(config)["head.weight"], expected["head.weight"])
+
+
 def test_a_result_stands_for_its_backbone_and_its_data(
     make: Any, device: torch.device, backbone: Path, tasks: Path, tmp_path: Path
 ):
@@ -411,13 +467,18 @@ def test_a_result_stands_for_its_backbone_and_its_data(
         run_all(config, device, StopSignal())
     path.write_text(text)
     read_splits.cache_clear()
+    shape = ModelConfig.from_json(copies["backbone"] / "model.json")
+    dataclasses.replace(shape, rope_theta=100.0).to_json(copies["backbone"] / "model.json")
+    reseal(copies["backbone"], "model.json")
+    with pytest.raises(InputError, match=r"result\.json: backbone_config_sha256 was "):
+        run_all(config, device, StopSignal())
+    shape.to_json(copies["backbone"] / "model.json")
+    reseal(copies["backbone"], "model.json")
+    assert run_all(config, device, StopSignal())
     weights = safetensors.torch.load_file(copies["backbone"] / "model.safetensors")
     weights["layers.0.feed_forward.up_proj.weight"] += 1
-    file = copies["backbone"] / "model.safetensors"
-    safetensors.torch.save_file(weights, file)
-    state = checkpoint.read_state(copies["backbone"])
-    state["files"][file.name] = {"bytes": file.stat().st_size, "sha256": sha256_file(file)}
-    checkpoint.write_state(copies["backbone"], state)
+    safetensors.torch.save_file(weights, copies["backbone"] / "model.safetensors")
+    reseal(copies["backbone"], "model.safetensors")
     with pytest.raises(InputError, match=r"result\.json: backbone_fingerprint was "):
         run_all(config, device, StopSignal())
 

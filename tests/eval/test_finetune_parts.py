@@ -189,7 +189,10 @@ def test_what_is_not_there_or_no_json_is_named(tmp_path: Path):
         ({"columns": "sentence"}, r"define\.mine\.columns: 'sentence'"),
         ({"max_new_tokens": "8"}, r"define\.mine\.max_new_tokens: '8'"),
         ({"kind": "lm", "prompt": "{q"}, r"prompt: '\{q'.*a brace of the text itself is doubled"),
-        ({"kind": "lm", "prompt": "{} {q}"}, r"prompt: '\{\} \{q\}'.* names of columns"),
+        *(
+            ({"kind": "lm", "prompt": prompt}, "the name of a column, and nothing else")
+            for prompt in ("{} {q}", "{0}", "{q.x}", "{q[0]}", "{q!r}", "{q:d}", "{q:{w}}", "{q!x}")
+        ),
         ({"classes": 1}, "at least 2"),
         ({"metrics": ["pearson"]}, "allowed is accuracy, f1, matthews"),
         ({"classes": 3, "metrics": ["f1"]}, "2, for F1"),

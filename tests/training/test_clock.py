@@ -57,6 +57,23 @@ def test_what_is_paused_is_in_no_window(now: SimpleNamespace):
     assert clock.window()["seconds_per_step"] == 4
 
 
+def test_a_window_that_ends_in_a_pause_ends_where_it_began(now: SimpleNamespace):
+    """As at a stage's end, where a checkpoint is written behind a validation."""
+    clock = StepClock(torch.device("cpu"), untimed_steps=0)
+    run_step(clock, now, {"forward": 3})
+    cpu = module.time.process_time()
+    with clock.paused():
+        now.now += 50
+        while module.time.process_time() < cpu + 0.2:
+            pass
+        assert clock.window()["seconds_per_step"] == 3
+        now.now += 7
+    run_step(clock, now, {"forward": 5})
+    assert clock.window()["seconds_per_step"] == 5
+    assert clock.mean()["seconds_per_step"] == 4
+    assert clock.total_cpu_seconds < 0.1
+
+
 def test_first_steps_are_in_no_mean(now: SimpleNamespace):
     clock = StepClock(torch.device("cpu"), untimed_steps=2)
     run_step(clock, now, {"forward": 100})

@@ -1,6 +1,6 @@
 """Begins each task's tuning from the deltas of the other tasks (Lv et al. 2023).
 
-python -m eval.finetune.ensemble runs/tune/small/vanilla/lora --output runs/tune/ensemble_vanilla.json
+python -m eval.finetune.ensemble runs/tune/small/vanilla/lora --output runs/tune/ensemble.json
 
 Start the same command again to go on: a run that is over is not run again. --list says what there
 is to do.

@@ -113,5 +113,4 @@ class EnsembleConfig:
             overrides={},
             start=None if start is None else str(start),
             freeze_delta=phase == HEAD,
-            save_best=True,
         )

@@ -1,7 +1,7 @@
 """Backbones by name: our checkpoints and Hugging Face's models, read and written."""
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,12 +46,14 @@ def load_backbone(name: str) -> nn.Module:
     return model
 
 
-def put_in(backbone: nn.Module, loaded: Mapping[Path, Loaded]) -> dict[str, Tensor]:
+def put_in(
+    backbone: nn.Module, paths: Sequence[Path], loaded: Sequence[Loaded]
+) -> dict[str, Tensor]:
     """What was trained beside deltas, into the backbone; returned is what has no place there, such
     as a classification head. InputError where several bring a tensor of one name.
     """
     found: dict[str, tuple[Path, Tensor]] = {}
-    for path, one in loaded.items():
+    for path, one in zip(paths, loaded, strict=True):
         for name, value in one.extra.items():
             if name in found:
                 raise InputError(

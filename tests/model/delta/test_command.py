@@ -178,7 +178,33 @@ def test_the_head_of_a_tuned_task_goes_beside_what_is_made_of_its_delta(
     assert not load_delta(tmp_path / "mix", model).extra
     with pytest.raises(InputError, match=r"both bring head\.weight; merge one of them"):
         run(monkeypatch, "merge", "--backbone", backbone, *both, "--output", tmp_path / "O")
+    with pytest.raises(InputError, match=r"both bring head\.weight; merge one of them"):
+        run(monkeypatch, "merge", "--backbone", backbone, "--delta", tmp_path / "0", tmp_path / "0",
+            "--output", tmp_path / "O")  # fmt: skip
     assert not (tmp_path / "O").exists()
+
+
+@pytest.mark.parametrize("target", ["lm_head", "q_proj"])
+def test_a_module_that_was_trained_along_may_be_a_target(monkeypatch, tmp_path, trained, target):
+    """Its values come first, then what the delta adds; of a dense one and of factors."""
+    model = load_backbone(str(trained)).eval()
+    mark = fingerprint(model, [target])
+    deltas = Deltas(model)
+    randomise(deltas.add("a", LoraConfig(targets=[target], r=3)), 0, std=0.1)
+    extra = {}
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if f".{target}." in f".{name}":
+                parameter.mul_(1.5)
+                extra[name] = parameter.detach().clone()
+    save_delta(deltas["a"], tmp_path / "a", mark, trained=[target], extra=extra)
+    wanted = logits(model).detach()
+    base = ["--backbone", trained, "--delta", tmp_path / "a", "--output"]
+    run(monkeypatch, "merge", *base, tmp_path / "merged")
+    found = load_backbone(str(tmp_path / "merged")).eval()
+    torch.testing.assert_close(logits(found), wanted, rtol=1e-4, atol=1e-5)
+    with pytest.raises(InputError, match="for which a mixture has no place; merge it instead"):
+        run(monkeypatch, "ensemble", *base, tmp_path / "mix")
 
 
 def test_explain_and_its_json(monkeypatch, tmp_path, backbone, capsys):
@@ -206,6 +232,7 @@ def test_explain_and_its_json(monkeypatch, tmp_path, backbone, capsys):
             r"--set targets=\[q_proj: \[q_proj is not YAML",
         ),
         (["explain", "--backbone", "RUN", "--set", "method=[1]"], r"method: \[1\]; allowed are"),
+        (["count", "--backbone", "RUN", "--delta", "D", "--set", "r=3"], "leave --config"),
         (
             ["ensemble", "--backbone", "RUN", "--delta", "D", "D", "--rank", "-1", "--output",
              "OUT"],
@@ -214,7 +241,7 @@ def test_explain_and_its_json(monkeypatch, tmp_path, backbone, capsys):
         (
             ["ensemble", "--backbone", "RUN", "--delta", "D", "D", "--weights", "nan", "1",
              "--output", "OUT"],
-            "weights: nan of 0",
+            "--weights: nan; allowed are finite numbers",
         ),
         (["explain", "--backbone", "RUN", "--method", "lora", "--set", "r=99"], "r: 99"),
         (["explain", "--backbone", "RUN", "--config", "/none.yaml"], "/none.yaml"),
