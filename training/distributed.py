@@ -85,7 +85,11 @@ def prepare_deepspeed() -> None:
 
 
 def _cpu_cores() -> int:
-    return psutil.cpu_count(logical=False) or os.cpu_count() or 1
+    """Cores that this process may run on: taskset, Slurm and containers leave some out, and threads
+    that share a core wait for each other.
+    """
+    cores = psutil.cpu_count(logical=False) or os.cpu_count() or 1
+    return min(cores, len(os.sched_getaffinity(0)))
 
 
 def rank() -> int:

@@ -68,7 +68,7 @@ def environment(device: torch.device) -> dict[str, Any]:
             versions[name] = None
     commit = _git("rev-parse", "HEAD")
     return {
-        "command_line": sys.argv,
+        "command_line": _command_line(),
         "git_commit": commit,
         "git_dirty": bool(_git("status", "--porcelain")) if commit else None,
         "python": platform.python_version(),
@@ -82,6 +82,13 @@ def environment(device: torch.device) -> dict[str, Any]:
         "world_size": int(os.environ.get("WORLD_SIZE", "1")),
         "started_unix_seconds": time.time(),
     }
+
+
+def _command_line() -> list[str]:
+    """sys.argv, its program as a path in the repository, which is elsewhere on other machines."""
+    program = Path(sys.argv[0]).absolute()
+    name = str(program.relative_to(ROOT)) if program.is_relative_to(ROOT) else sys.argv[0]
+    return [name, *sys.argv[1:]]
 
 
 def _git(*args: str) -> str | None:

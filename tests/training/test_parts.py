@@ -3,11 +3,13 @@
 import json
 import logging
 import math
+import os
 from pathlib import Path
 
 import pytest
 
 from data.errors import InputError
+from training import distributed
 from training.config import TrainingConfig
 from training.hardware import peak_flops
 from training.metrics import Metrics
@@ -113,3 +115,14 @@ def test_other_ranks_report_nothing(tmp_path: Path):
     silent.scalars(1, {"a": 1.0})
     silent.close()
     assert not list(tmp_path.iterdir())
+
+
+def test_a_process_that_is_bound_to_a_core_has_one_thread():
+    """As by taskset: two threads on one core wait for each other."""
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(before)})
+    try:
+        assert distributed._cpu_cores() == 1
+    finally:
+        os.sched_setaffinity(0, before)
+    assert 1 <= distributed._cpu_cores() <= len(before)

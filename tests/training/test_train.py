@@ -53,6 +53,7 @@ def test_run_directory_describes_itself(trained: Path):
     environment = json.loads((trained / "environment.json").read_text())
     assert {"git_commit", "git_dirty", "packages", "command_line", "device"} <= set(environment)
     assert environment["threads"] >= 1
+    assert environment["command_line"][0] == "train.py", "no path of the machine"
     assert environment["load_average_1min"] >= 0
     assert status(trained)["state"] == "completed"
     assert status(trained)["step"] == 6
