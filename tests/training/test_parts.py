@@ -4,14 +4,18 @@ import json
 import logging
 import math
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from data.errors import InputError
+from tests.conftest import ROOT
 from training import distributed
 from training.config import TrainingConfig
-from training.hardware import peak_flops
+from training.hardware import peak_flops, peak_memory_bytes
 from training.metrics import Metrics
 
 
@@ -126,3 +130,15 @@ def test_a_process_that_is_bound_to_a_core_has_one_thread():
     finally:
         os.sched_setaffinity(0, before)
     assert 1 <= distributed._cpu_cores() <= len(before)
+
+
+def test_peak_memory_is_that_of_the_process_alone():
+    """Not of the process that started it, whose largest size getrusage would give."""
+    program = "from training.hardware import *; print(peak_memory_bytes(torch.device('cpu')))"
+    large = bytearray(b"x") * (1 << 30)
+    here = peak_memory_bytes(torch.device("cpu"))
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert len(large) < here
+    assert 1 << 26 < int(done.stdout) < here - (1 << 29)
