@@ -205,7 +205,7 @@ def _check_output(output: str) -> None:
     path = Path(output)
     if path.suffix != ".json":
         raise InputError(f"--output {output}: the name must end in .json")
-    for ending in (".json", ".csv", ".png"):
+    for ending in (".csv", ".png"):
         if path.with_suffix(ending).is_dir():
             raise InputError(
                 f"--output {output}: {path.with_suffix(ending)} is a folder; a file is expected"

@@ -69,7 +69,7 @@ def tensor_bytes(folder: Path) -> int:
 @pytest.mark.parametrize(
     ("fault", "saving"),
     [
-        ("disk-full-in-write", "background"),
+        pytest.param("disk-full-in-write", "background", marks=slow),
         pytest.param("disk-full-in-write", "in the step", marks=slow),
         pytest.param("disk-full", "background", marks=slow),
         pytest.param("disk-full", "in the step", marks=slow),

@@ -45,13 +45,8 @@ DAMAGE: dict[str, tuple[str, Callable[[Path], object]]] = {
 }
 
 
-@pytest.mark.parametrize(
-    "fault",
-    [
-        "checkpoint-altered",
-        *[pytest.param(f, marks=pytest.mark.slow) for f in DAMAGE if f != "checkpoint-altered"],
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", DAMAGE)
 def test_damaged_files(
     fault: str,
     interrupted: tuple[Path, Job],
@@ -84,6 +79,7 @@ def test_damaged_files(
     assert_same_run(job.run_dir, undisturbed())
 
 
+@pytest.mark.slow
 def test_clock_that_goes_backwards(
     config: Callable[..., Path],
     start: Callable[..., Job],

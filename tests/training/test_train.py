@@ -107,7 +107,6 @@ def test_zero_stages_on_two_ranks_give_the_same_losses(
 
 CASES = [
     pytest.param({"deepspeed__zero_stage": 0, "model__family": "paper-1"}, 1, id="dropout-stage0"),
-    pytest.param({"deepspeed__zero_stage": 2, "training__precision": "bf16"}, 2, id="bf16-stage2"),
     *[
         pytest.param(
             {"deepspeed__zero_stage": stage, "training__precision": precision},
