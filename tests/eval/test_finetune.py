@@ -408,7 +408,7 @@ def test_prompts_count_beyond_what_is_trained_on(
     """texts.max_length cuts what is trained on; an answer is generated behind the whole prompt."""
     data = tmp_path / "data"
     shutil.copytree(tasks, data)
-    texts = TextConfig(max_length=12)
+    texts = TextConfig(max_length=8)
     config = make(
         {"method": "head"}, tasks=["answers"], texts=texts, data=str(data), tuning={"epochs": 0.1}
     )

@@ -153,16 +153,16 @@ def test_adalora_closes_ranks_by_the_gradients_of_each_step(make: Any, device: t
     assert sum(closed) == 4
 
 
+@pytest.mark.parametrize("every", [100, 4], ids=["no allocation before", "three before"])
 def test_adalora_makes_its_ranks_final_though_that_step_is_left_out(
     make: Any,  # noqa: F811
     device: torch.device,  # noqa: F811
+    every: int,
     monkeypatch: pytest.MonkeyPatch,
 ):
-    """Step 14 of 18 is not finite, and no allocation came before it. Ranks that may grow again are
-    in what is written for peft.
-    """
+    """Step 14 of 18 is not finite. Ranks that may grow again are in what is written for peft."""
     pytest.importorskip("peft")
-    config = make(ADALORA | {"deltaT": 100}, tuning={"epochs": 3.0})
+    config = make(ADALORA | {"deltaT": every}, tuning={"epochs": 3.0})
     folder = config.folder("words", 0)
     folder.mkdir(parents=True)
     job = setup(config, "words", 0, device)
