@@ -24,7 +24,7 @@ def require_new(output: Path) -> None:
 @contextmanager
 def new_folder(output: Path) -> Iterator[Path]:
     """A folder beside `output`, which takes its name once its files are on the disk, or is removed
-    after an error. What has that name by then stays.
+    after an error. What has that name by then stays, unless it is an empty folder.
     """
     aside = output.with_name(f".{output.name}.{secrets.token_hex(4)}.partial")
     aside.mkdir()

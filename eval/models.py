@@ -127,7 +127,8 @@ def _sentencepiece(tokenizer: HuggingFaceTokenizer, folder: Path) -> Tokenizer |
     except InputError:  # of another kind
         return None
     pieces = [found.decode([token]) for token in range(found.vocab_size)]
-    same = (found.bos_id, found.eos_id) == (tokenizer.bos_id, tokenizer.eos_id)
+    of_both = [(one.bos_id, one.eos_id, one.vocab_size) for one in (found, tokenizer)]
+    same = of_both[0] == of_both[1]
     agree = all(tokenizer.encode(text) == found.encode(text) for text in probes.texts(pieces))
     return found if same and agree else None
 

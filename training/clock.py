@@ -62,13 +62,16 @@ class StepClock:
     @contextmanager
     def paused(self) -> Iterator[None]:
         """What runs inside of it, such as a validation, is in no window: for windows that end or
-        begin there it is the moment in which the pause began.
+        begin there it is the moment in which the pause began. Pauses do not nest.
         """
+        assert self.paused_since is None
         self._wait()
         begun = self.paused_since = self._now()
-        yield
-        self._wait()
-        self.paused_since = None
+        try:
+            yield
+            self._wait()
+        finally:
+            self.paused_since = None
         now = self._now()
         self.started += now[0] - begun[0]
         self.cpu_started += now[1] - begun[1]

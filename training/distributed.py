@@ -85,8 +85,8 @@ def prepare_deepspeed() -> None:
 
 
 def _cpu_cores() -> int:
-    """Cores that this process may run on: taskset, Slurm and containers leave some out, and threads
-    that share a core wait for each other.
+    """Cores that this process may run on: taskset and Slurm leave some out, and threads that share
+    a core wait for each other. Quotas of CPU time are not looked at.
     """
     cores = psutil.cpu_count(logical=False) or os.cpu_count() or 1
     return min(cores, len(os.sched_getaffinity(0)))

@@ -148,6 +148,12 @@ def check_delta(delta: dict[str, Any]) -> None:
     elif method == PEFT:
         if not isinstance(delta.get("peft_type"), str):
             raise ValueError("delta.peft_type: the name of one of peft's types is missing")
+        for key, hint in (("num_virtual_tokens", int), ("cpt_token_ids", list[int])):
+            if delta.get(key) is not None:
+                check_type(f"delta.{key}", delta[key], hint)
+        if int(delta.get("num_virtual_tokens") or 1) < 1:
+            tokens = delta["num_virtual_tokens"]
+            raise ValueError(f"delta.num_virtual_tokens: {tokens}; allowed is at least 1")
     elif method in METHODS:
         try:
             config_from_dict(delta)

@@ -36,6 +36,12 @@ def wrap(backbone: nn.Module, delta: dict[str, Any], steps: int, generates: bool
                 f"delta.total_step: {given}, but the run has {steps} steps; leave it out, and it "
                 "is the run's"
             )
+    first, last = fields.get("init_r", 12), fields.get("target_r", 8)  # peft's defaults
+    if "target_r" in inspect.signature(known[kind]).parameters and not _over(first, last):
+        raise InputError(
+            f"delta.init_r: {first!r}; allowed is a number over target_r, {last!r}, to which ranks "
+            "are reduced"
+        )
     try:
         wrapped: Any = peft.get_peft_model(backbone, known[kind](**fields))
     except (TypeError, ValueError, AttributeError, KeyError, NotImplementedError) as error:
@@ -48,6 +54,10 @@ def wrap(backbone: nn.Module, delta: dict[str, Any], steps: int, generates: bool
             "task of kind lm generates; use soft_prompt or prefix of model.delta"
         )
     return module
+
+
+def _over(first: Any, last: Any) -> bool:
+    return isinstance(first, int) and isinstance(last, int) and first > last >= 1
 
 
 def allocates_ranks(backbone: nn.Module) -> bool:
@@ -64,7 +74,8 @@ def allocate(backbone: nn.Module, step: int) -> None:
     tuner: Any = backbone.base_model
     config = tuner.peft_config[ADAPTER]
     final = config.total_step - config.tfinal
-    if step >= final and not _is_final(tuner):
+    # With tfinal 0 it would be the step behind the last one.
+    if step >= min(final, config.total_step - 1) and not _is_final(tuner):
         step = final
         if not tuner.rankallocator.ipt:
             tuner.rankallocator.update_ipt(tuner.model)

@@ -97,6 +97,10 @@ def newest(run_dir: Path, identity: Mapping[str, Any]) -> tuple[Path, dict[str, 
 def require_same(where: Path, was: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """InputError where a run began with something else than it has now."""
     for key, value in now.items():
+        if key not in was and value is not None:
+            raise InputError(
+                f"{where}: it says nothing of {key}, an older version wrote it; use another run_dir"
+            )
         if was.get(key) != value:
             raise InputError(
                 f"{where}: {key} was {was.get(key)}, now it is {value}; a run goes on with what it "
@@ -151,6 +155,8 @@ def save_best(
     elif hasattr(model.backbone, "peft_config") and not engine.sharded:
         peft_bridge.save(model.backbone, aside / "peft")
     (aside / "best.json").write_text(json.dumps(dict(about), indent=2) + "\n", encoding="utf-8")
+    for path in (*sorted(aside.rglob("*")), aside):
+        flush_to_disk(path)
     put_in_place(aside, run_dir / "best")
 
 

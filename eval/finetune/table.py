@@ -165,10 +165,11 @@ def main(argv: list[str] | None = None) -> int:
         options = parser.parse_args(sys.argv[1:] if argv is None else argv)
     except ArgumentError as error:
         raise InputError(" ".join(str(error).split())) from None
-    if options.output is not None and Path(options.output).suffix == ".json":
-        raise InputError(f"--output {options.output}: a markdown file; a .json goes beside it")
-    for path in (options.output, options.output and Path(options.output).with_suffix(".json")):
-        require_folder_of(path)
+    require_folder_of(options.output)
+    if options.output is not None:
+        if Path(options.output).suffix == ".json":
+            raise InputError(f"--output {options.output}: a markdown file; a .json goes beside it")
+        require_folder_of(Path(options.output).with_suffix(".json"))
     rows = collect([Path(folder) for folder in options.folders])
     text = table(rows) + stages(rows)
     if options.output:

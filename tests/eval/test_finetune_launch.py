@@ -153,6 +153,18 @@ def test_adalora_closes_ranks_by_the_gradients_of_each_step(make: Any, device: t
     assert sum(closed) == 4
 
 
+def test_adalora_is_final_at_the_end_without_steps_behind_it(make: Any, device: torch.device):  # noqa: F811
+    """tfinal is 0 by default, and peft's final step the one behind the last."""
+    pytest.importorskip("peft")
+    config = make(ADALORA | {"tfinal": 0, "deltaT": 5}, tuning={"epochs": 2.0})
+    config.folder("words", 0).mkdir(parents=True)
+    job = setup(config, "words", 0, device)
+    assert loop.train(job, StopSignal())
+    job.metrics.close()
+    parameters = job.engine.model.named_parameters()
+    assert sum(int((p == 0).sum()) for name, p in parameters if "lora_E" in name) == 4
+
+
 @pytest.mark.parametrize("every", [100, 4], ids=["no allocation before", "three before"])
 def test_adalora_makes_its_ranks_final_though_that_step_is_left_out(
     make: Any,  # noqa: F811
@@ -191,6 +203,9 @@ def test_adalora_makes_its_ranks_final_though_that_step_is_left_out(
 
 def test_adalora_wants_the_runs_own_steps_and_whole_gradients(make: Any, device: torch.device):  # noqa: F811
     pytest.importorskip("peft")
+    config = make(ADALORA | {"init_r": 2})
+    with pytest.raises(InputError, match=r"delta\.init_r: 2; allowed is a number over target_r, 2"):
+        run_one(config, "words", 0, device, StopSignal())
     config = make(ADALORA | {"total_step": 100})
     with pytest.raises(InputError, match=r"delta\.total_step: 100, but the run has 24 steps"):
         run_one(config, "words", 0, device, StopSignal())

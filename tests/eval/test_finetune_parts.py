@@ -382,6 +382,17 @@ def parse(*options: str) -> TuneConfig:
         (["--delta", '{"method": "lora", "rr": 1}'], "unknown key 'rr'"),
         (["--delta", '{"method": "head", "r": 1}'], "method head takes no other field"),
         (["--delta", '{"method": "peft"}'], r"delta\.peft_type"),
+        *(
+            (
+                ["--delta", f'{{"method": "peft", "peft_type": "CPT", {wrong}}}'],
+                r"delta\.(num_virtual_tokens|cpt_token_ids): .*allowed is",
+            )
+            for wrong in (
+                '"num_virtual_tokens": "ten"',
+                '"num_virtual_tokens": -40',
+                '"cpt_token_ids": 5',
+            )
+        ),
         (["--tuning.epochs", "0"], r"tuning\.epochs: 0.*greater than 0"),
         (["--tuning.warmup_ratio", "1"], "0 to under 1"),
         (["--seeds", "[1, 1]"], "each once"),

@@ -1,9 +1,12 @@
 """Finished runs of eval.finetune as sources: one a task, all of one backbone and one LoRA."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from data.command_line import parse_options
 from data.errors import InputError
@@ -12,6 +15,8 @@ from eval.finetune.config import TuneConfig
 from eval.finetune.results import RESULT, read_result
 from eval.finetune.tasks import find_task
 from model.delta import LoraConfig
+
+RETIRED = ("save_best",)
 
 
 @dataclass(frozen=True)
@@ -70,10 +75,26 @@ def _run_of(place: Path, seed: int | None) -> Path | None:
     return runs.get(min(runs, default=-1) if seed is None else seed)
 
 
+def _options(path: Path) -> list[str]:
+    """A run's config.yaml as options, without the keys that older runs had and none has now."""
+    try:
+        fields = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError) as error:
+        raise InputError(f"{path}: cannot be read ({' '.join(str(error).split())})") from None
+    if not isinstance(fields, dict):
+        raise InputError(f"{path}: it holds no keys")
+    kept = {key: value for key, value in fields.items() if key not in RETIRED}
+    return [
+        f"--{key}={value if isinstance(value, str) else json.dumps(value)}"
+        for key, value in kept.items()
+        if value is not None
+    ]
+
+
 def _read(folder: Path) -> Source:
     result = read_result(folder / RESULT)
     path = folder / "config.yaml"
-    config, _ = parse_options(TuneConfig, ["--config", str(path)], prog="ensemble", description="")
+    config, _ = parse_options(TuneConfig, _options(path), prog="ensemble", description="")
     if config.delta["method"] != LoraConfig.method:
         raise InputError(f"{path}: delta.method {config.delta['method']}; allowed is lora")
     task = str(result["task"])
