@@ -408,6 +408,13 @@ def test_sources_that_do_not_fit_are_refused(sources: Path, tmp_path: Path):
         planned(twice)
 
 
+def test_runs_with_keys_that_are_no_more_are_sources(sources: Path, tmp_path: Path):
+    shutil.copytree(sources, tmp_path / "old")
+    for path in (tmp_path / "old").glob("*/seed-*/config.yaml"):
+        path.write_text(path.read_text() + "save_best: true\n")
+    assert len(planned(config_of(tmp_path / "old", tmp_path / "x.json"))) == len(ENDS)
+
+
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
