@@ -36,14 +36,14 @@ def wrap(backbone: nn.Module, delta: dict[str, Any], steps: int, generates: bool
                 f"delta.total_step: {given}, but the run has {steps} steps; leave it out, and it "
                 "is the run's"
             )
-    first, last = fields.get("init_r", 12), fields.get("target_r", 8)  # peft's defaults
-    if "target_r" in inspect.signature(known[kind]).parameters and not _over(first, last):
-        raise InputError(
-            f"delta.init_r: {first!r}; allowed is a number over target_r, {last!r}, to which ranks "
-            "are reduced"
-        )
     try:
-        wrapped: Any = peft.get_peft_model(backbone, known[kind](**fields))
+        settings: Any = known[kind](**fields)
+        if hasattr(settings, "target_r") and not settings.init_r > settings.target_r >= 1:
+            raise ValueError(
+                f"init_r {settings.init_r} is reduced to target_r {settings.target_r}; allowed is "
+                "init_r > target_r >= 1"
+            )
+        wrapped: Any = peft.get_peft_model(backbone, settings)
     except (TypeError, ValueError, AttributeError, KeyError, NotImplementedError) as error:
         found = fail_as_input(error)
         raise InputError(f"delta: peft's {kind} does not fit this backbone: {found}") from None
@@ -54,10 +54,6 @@ def wrap(backbone: nn.Module, delta: dict[str, Any], steps: int, generates: bool
             "task of kind lm generates; use soft_prompt or prefix of model.delta"
         )
     return module
-
-
-def _over(first: Any, last: Any) -> bool:
-    return isinstance(first, int) and isinstance(last, int) and first > last >= 1
 
 
 def allocates_ranks(backbone: nn.Module) -> bool:

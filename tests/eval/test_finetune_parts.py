@@ -37,7 +37,10 @@ from model import ModelConfig, Transformer, init_weights
 from model.delta import Deltas, SoraConfig, config_from_dict
 from training.schedule import learning_rate
 
-GRIDS = {TUNE_FOLDER / name for name in ("small_study.yaml", "small_stages.yaml")}
+GRIDS = {
+    TUNE_FOLDER / name
+    for name in ("small_study.yaml", "small_stages.yaml", "small_one_thread.yaml")
+}
 CONFIGS = sorted({*TUNE_FOLDER.glob("*.yaml")} - GRIDS)
 GLUE_DATA = Path(__file__).resolve().parents[3] / "shared" / "data" / "glue"
 CPU = torch.device("cpu")
@@ -494,7 +497,10 @@ def test_configurations_are_read(path: Path):
     assert all(find_task(task, config.define) for task in config.tasks)
 
 
-@pytest.mark.parametrize(("name", "count"), [("small_study", 2 * 8 * 4 * 3), ("small_stages", 12)])
+@pytest.mark.parametrize(
+    ("name", "count"),
+    [("small_study", 2 * 8 * 4 * 3), ("small_stages", 12), ("small_one_thread", 8)],
+)
 def test_the_grids_are_read(name: str, count: int):
     grid, _ = parse_options(
         GridConfig,
